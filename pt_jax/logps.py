@@ -1,0 +1,80 @@
+"""From logits to log-probabilities and entropies of tokens, aligned with the tokens they speak of.
+
+Everything a token is ``[B, T]``, and ``x[:, t]`` speaks of ``tokens[:, t]``. A model's row ``t`` of logits predicts
+token ``t + 1``; the one place in the project that moves predictions onto their tokens is ``_align``.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pt_jax import checks, weights
+
+
+def _align(predictions):
+    """[B, T - 1] of what rows 0..T-2 predict -> [B, T] with 0 for the first token, which nothing predicts."""
+    return jnp.pad(predictions, ((0, 0), (1, 0)))
+
+
+def token_logps(logits, tokens):
+    """Log-probability of each token given those before it.
+
+        logps[b, t] = log softmax(logits[b, t - 1])[tokens[b, t]],   logps[b, 0] = 0
+
+    Args:
+      logits: [B, T, V], any float type; row t scores token t + 1. Divide by the temperature beforehand
+        (``sampling.transform`` does, for every way of sampling).
+      tokens: [B, T] int, each in [0, V).
+
+    Returns:
+      [B, T] float32, in nats.
+
+    Raises:
+      ValueError: the shapes disagree.
+
+    >>> two_to_one = jnp.log(jnp.array([[[2.0, 1.0], [1.0, 1.0]]]))
+    >>> print(jnp.exp(token_logps(two_to_one, jnp.array([[1, 0]]))).round(3))
+    [[1.    0.667]]
+    """
+    checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
+    return _align(-nll)
+
+
+def token_entropies(logits):
+    """Entropy of the distribution that each token was drawn from.
+
+        H[b, t] = -sum_v p_v log p_v,   p = softmax(logits[b, t - 1]),   H[b, 0] = 0
+
+    Args:
+      logits: [B, T, V], any float type; a logit of -inf is a token that cannot be drawn.
+
+    Returns:
+      [B, T] float32, in nats; log V for uniform logits.
+
+    >>> print(token_entropies(jnp.zeros((1, 2, 4))).round(4))  # log 4
+    [[0.     1.3863]]
+    """
+    checks.shapes(logits=(logits, "B T V"))
+    logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    # 0 log 0 is 0; the inner where keeps the gradient of a forbidden token at 0 as well
+    logps = jnp.where(jnp.isneginf(logps), 0.0, logps)
+    probabilities = jnp.where(jnp.isneginf(logits[:, :-1]), 0.0, jnp.exp(logps))
+    return _align(-jnp.sum(probabilities * logps, -1))
+
+
+def sequence_logps(logps, mask):
+    """Log-probability of a row's scored tokens together: sum_t logps over the mask.
+
+    Args:
+      logps: [B, T] in nats, from ``token_logps``.
+      mask: [B, T] bool, the scored tokens.
+
+    Returns:
+      [B] float32, in nats; 0 for a row without scored tokens.
+
+    >>> print(sequence_logps(jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[True, True, False]])))
+    [-3.]
+    """
+    checks.shapes(logps=(logps, "B T"), mask=(mask, "B T"))
+    return weights.zero_unscored(mask, logps)[0].sum(-1)

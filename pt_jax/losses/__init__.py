@@ -1,0 +1,1 @@
+"""Losses of supervised and preference tuning: arrays in, one unreduced value a token or a row out."""

@@ -1,0 +1,68 @@
+"""The clipped surrogate of PPO and GRPO."""
+
+import jax.numpy as jnp
+
+from pt_jax import checks, weights
+
+
+def _ratio(logps, old_logps, advantages, mask):
+    checks.shapes(
+        logps=(logps, "B T"),
+        old_logps=(old_logps, "B T"),
+        advantages=(advantages, "B T"),
+        mask=(mask, "B T"),
+    )
+    logps, old_logps, advantages = weights.zero_unscored(mask, logps, old_logps, advantages)
+    return jnp.exp(logps - old_logps), advantages
+
+
+def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
+    """PPO's clipped objective, negated.
+
+        ratio = exp(logps - old_logps)
+        loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
+
+    Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7; clip_high > clip_low is the "clip-higher" of
+    Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 10.
+
+    Args:
+      logps: [B, T] of the tokens under the policy being trained, in nats.
+      old_logps: [B, T] under the policy that sampled them; a constant.
+      advantages: [B, T], the same number over a row in GRPO.
+      mask: [B, T] bool, the scored tokens.
+      clip_low: in [0, 1), how far below 1 the ratio may earn.
+      clip_high: >= 0, how far above 1.
+
+    Returns:
+      [B, T] float32; 0 where not scored. The gradient is 0 where the ratio has left the interval in the direction
+      that the advantage rewards, and not clipped where it has left in the other.
+
+    Raises:
+      ValueError: the shapes disagree, or a number is out of range.
+
+    >>> ratio, A = jnp.array([[1.5, 0.5, 1.5]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> print(clipped_surrogate(jnp.log(ratio), jnp.zeros((1, 3)), A, jnp.ones((1, 3), bool)).round(4))
+    [[-1.2 -0.5  1.5]]
+    """
+    checks.between("clip_low", clip_low, 0.0, 1.0)
+    checks.between("clip_high", clip_high, 0.0, float("inf"))
+    ratio, advantages = _ratio(logps, old_logps, advantages, mask)
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def clip_indicators(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
+    """Where the clip takes the gradient away: two [B, T] float32 of 0 and 1, below the interval and above it.
+
+    Below counts with a negative advantage only and above with a positive one, because only there does the clipped
+    branch win. Arguments as ``clipped_surrogate``.
+
+    >>> ratio, A = jnp.array([[1.5, 0.5, 0.5]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> low, high = clip_indicators(jnp.log(ratio), jnp.zeros((1, 3)), A, jnp.ones((1, 3), bool))
+    >>> print(low, high)
+    [[0. 0. 1.]] [[1. 0. 0.]]
+    """
+    ratio, advantages = _ratio(logps, old_logps, advantages, mask)
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    return low.astype(jnp.float32), high.astype(jnp.float32)
