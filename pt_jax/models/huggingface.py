@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pt_jax.models import decoder, folders
+from pt_jax import folders
+from pt_jax.models import decoder
 from pt_jax.models.config import Config
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 
 
 @contextlib.contextmanager
@@ -47,5 +48,8 @@ def check_writable(path, *, overwrite=False):
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path}: exists and is not empty; give another folder, or allow it to be replaced")
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written ({parent} does not allow it); give a folder of your own")
+    try:  # permission bits do not tell: a read-only file system and a full disk refuse root as well
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be written ({parent}: {e.strerror}); give a folder of your own") from e

@@ -1,0 +1,1 @@
+"""From files to arrays: rows, chat templates and masks, batches that resume."""

@@ -1,0 +1,113 @@
+"""Data files to rows, every row checked: a bad one is named by file and line before anything is trained.
+
+Columns have TRL's names; a text is a string, taken as it stands, or a list of messages, put through the tokenizer's
+chat template:
+
+    =============  ==============================  ===================================
+    kind           columns                         for
+    =============  ==============================  ===================================
+    text           text                            pre-training: every token is scored
+    messages       messages                        SFT on the assistant's turns
+    completion     prompt, completion              SFT on the completion
+    preference     prompt, chosen, rejected        DPO
+    question       prompt, answer                  reinforcement learning
+    =============  ==============================  ===================================
+"""
+
+import json
+import pathlib
+
+KINDS = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "completion": ("prompt", "completion"),
+    "question": ("prompt", "answer"),
+}
+
+
+def read(path, *, kinds=tuple(KINDS)) -> list[dict]:
+    """Reads and checks a data file.
+
+    Args:
+      path: a ``.jsonl`` file (one JSON object a line; empty lines are skipped), a ``.parquet`` file, or a folder of
+        ``datasets.Dataset.save_to_disk``.
+      kinds: the kinds of rows that the caller can use; all rows of a file must be of one.
+
+    Returns:
+      The rows in order, each with "kind", and "source" ("FILE:LINE") for messages about it.
+
+    Raises:
+      ValueError: the file or a row is not as described; the message names the line.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give a .jsonl or .parquet file")
+    lines = _jsonl(path) if path.is_file() and path.suffix != ".parquet" else _dataset(path)
+    rows = [_checked(row, source, kinds) for source, row in lines]
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
+    for row in rows:
+        if row["kind"] != rows[0]["kind"]:
+            raise ValueError(f"{row['source']}: is a {row['kind']} row, but the rows before are {rows[0]['kind']} rows")
+    return rows
+
+
+def write_jsonl(path, rows) -> None:
+    """Writes rows as JSON, one a line."""
+    pathlib.Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _jsonl(path):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from e
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}:{number}: is not JSON ({e.msg} at column {e.colno})") from e
+
+
+def _dataset(path):
+    import datasets
+
+    try:
+        if path.is_dir():
+            data = datasets.load_from_disk(str(path))
+        else:
+            data = datasets.Dataset.from_parquet(str(path))
+    except Exception as e:  # the library raises a dozen kinds, some of them bare
+        raise ValueError(f"{path}: the datasets library cannot read it ({type(e).__name__}: {e})") from e
+    for number, row in enumerate(data, 1):
+        yield f"{path}:{number}", {k: v for k, v in row.items() if v is not None}
+
+
+def _checked(row, source, kinds):
+    if not isinstance(row, dict):
+        raise ValueError(f"{source}: is {type(row).__name__}, expected an object with named columns")
+    kind = next((k for k in KINDS if k in kinds and all(c in row for c in KINDS[k])), None)
+    if kind is None:
+        expected = " or ".join(" + ".join(KINDS[k]) for k in kinds)
+        raise ValueError(f"{source}: has the columns {', '.join(sorted(row)) or '(none)'}; expected {expected}")
+    for column in KINDS[kind]:
+        _check_text(row[column], f"{source}: {column}", chat_only=column == "messages")
+    texts = [row[c] for c in KINDS[kind] if c != "answer"]
+    if len({isinstance(t, str) for t in texts}) > 1:
+        raise ValueError(f"{source}: some columns are strings and some are messages; all must be of one form")
+    return row | {"kind": kind, "source": source}
+
+
+def _check_text(value, what, chat_only):
+    if isinstance(value, str) and not chat_only:
+        if not value:
+            raise ValueError(f"{what} is empty")
+        return
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{what} must be {'' if chat_only else 'a string or '}a list of messages, got {value!r:.60}")
+    for i, message in enumerate(value):
+        good = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        if not good:
+            raise ValueError(f"{what}[{i}] must have role and content, both strings, got {message!r:.60}")

@@ -1,0 +1,75 @@
+"""Where arrays live: one mesh of three axes, one table of layouts by leaf name.
+
+    data     splits the rows of a batch
+    fsdp     splits the rows of a batch and, to save memory, every weight
+    tensor   splits heads, hidden units and the vocabulary
+
+Parameters, gradients and the optimiser's moments share the last name on their paths, so one table serves a whole
+``TrainState``. Axis 0 of a layer's weight is the stack of layers and is not split.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+
+LAYOUT = {
+    "embed": P("tensor", "fsdp"),
+    "unembed": P("tensor", "fsdp"),
+    "wq": P(None, "fsdp", "tensor", None),
+    "wk": P(None, "fsdp", "tensor", None),
+    "wv": P(None, "fsdp", "tensor", None),
+    "wo": P(None, "tensor", None, "fsdp"),
+    "gate": P(None, "fsdp", "tensor"),
+    "up": P(None, "fsdp", "tensor"),
+    "down": P(None, "tensor", "fsdp"),
+}
+
+
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1):
+    """A mesh of (data, fsdp, tensor) devices with Auto axes: the compiler places the collectives.
+
+    Raises:
+      ValueError: the product is not the number of devices.
+    """
+    shape = (data, fsdp, tensor)
+    if math.prod(shape) != jax.device_count():
+        sizes = " x ".join(f"{name}={n}" for name, n in zip(AXES, shape))
+        raise ValueError(f"mesh {sizes} asks for {math.prod(shape)} devices, there are {jax.device_count()}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def by_name(tree, mesh, layout=None):
+    """A sharding for every leaf of a tree, by the last name on its path; what has no row in the table is replicated.
+
+    Args:
+      tree: arrays or shapes: parameters, a ``TrainState``, gradients.
+      mesh: from ``make_mesh``.
+      layout: name to PartitionSpec; ``LAYOUT`` when None.
+
+    Raises:
+      ValueError: an axis of the mesh does not divide the axis of an array that it would split.
+    """
+    layout = LAYOUT if layout is None else layout
+
+    def one(path, leaf):
+        spec = layout.get(getattr(path[-1], "key", None), P()) if path else P()
+        spec = spec if leaf.ndim >= len(spec) else P()
+        for i, axis in enumerate(spec):
+            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"mesh axis {axis}={mesh.shape[axis]} does not divide axis {i} of {name}, which is {leaf.shape[i]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows(mesh):
+    """For a batch: the leading axis over data and fsdp."""
+    return NamedSharding(mesh, ROWS)
