@@ -8,7 +8,7 @@ import tempfile
 
 
 @contextlib.contextmanager
-def appear_whole(path, *, overwrite=False):
+def appear_whole(path, *, overwrite=False, keep=()):
     """A fresh folder beside ``path`` to write into; it takes the name when the block ends without an error.
 
     What stood there before is removed only after the new folder has the name, and a block that fails leaves
@@ -17,6 +17,7 @@ def appear_whole(path, *, overwrite=False):
     Args:
       path: the folder to make.
       overwrite: whether an existing folder that is not empty may be replaced.
+      keep: names of files that a replaced folder passes on.
 
     Raises:
       ValueError: the folder exists and may not be replaced, or its place cannot be written.
@@ -27,6 +28,9 @@ def appear_whole(path, *, overwrite=False):
     fresh.mkdir(parents=True)
     try:
         yield fresh
+        for name in keep:
+            if (path / name).is_file():
+                shutil.copy2(path / name, fresh / name)
         if path.exists():
             path.rename(old)
         fresh.rename(path)

@@ -63,6 +63,23 @@ def token_entropies(logits):
     return _align(-jnp.sum(probabilities * logps, -1))
 
 
+def top_1_hits(logits, tokens):
+    """Whether each token is the likeliest one given those before it.
+
+    Args:
+      logits: [B, T, V].
+      tokens: [B, T] int.
+
+    Returns:
+      [B, T] float32 of 0 and 1; 0 for the first token.
+
+    >>> print(top_1_hits(jnp.array([[[2.0, 1.0], [2.0, 1.0], [0.0, 0.0]]]), jnp.array([[0, 0, 1]])))
+    [[0. 1. 0.]]
+    """
+    checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
+    return _align((jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]).astype(jnp.float32))
+
+
 def sequence_logps(logps, mask):
     """Log-probability of a row's scored tokens together: sum_t logps over the mask.
 

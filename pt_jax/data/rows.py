@@ -93,7 +93,11 @@ def _checked(row, source, kinds):
         expected = " or ".join(" + ".join(KINDS[k]) for k in kinds)
         raise ValueError(f"{source}: has the columns {', '.join(sorted(row)) or '(none)'}; expected {expected}")
     for column in KINDS[kind]:
-        _check_text(row[column], f"{source}: {column}", chat_only=column == "messages")
+        if column == "answer":  # for the reward to judge
+            if not isinstance(row[column], str | int | float):
+                raise ValueError(f"{source}: answer must be a string or a number, got {row[column]!r:.60}")
+        else:
+            _check_text(row[column], f"{source}: {column}", chat_only=column == "messages")
     texts = [row[c] for c in KINDS[kind] if c != "answer"]
     if len({isinstance(t, str) for t in texts}) > 1:
         raise ValueError(f"{source}: some columns are strings and some are messages; all must be of one form")

@@ -9,7 +9,9 @@ axis 0 and scanned, so that compile time does not grow with depth:
     mlp_norm [d], gate [d, f], up [d, f], down [f, d]
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +197,16 @@ def apply(config: Config, params, tokens, seen, cache=None):
 def count(params) -> int:
     """The number of parameters of a tree."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+class Bound(NamedTuple):
+    """A model's functions with its config bound, as samplers and losses take them."""
+
+    apply: functools.partial  # (params, tokens, seen, cache=None) -> (logits, cache)
+    init_cache: functools.partial  # (rows, length) -> cache
+
+
+@functools.cache
+def bind(config: Config) -> Bound:
+    """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
+    return Bound(functools.partial(apply, config), functools.partial(init_cache, config))

@@ -77,7 +77,7 @@ def load(path, *, dtype=jnp.float32):
     return unflatten_dict(flat), config
 
 
-def save(path, params, config: Config, tokenizer=None, *, overwrite=False):
+def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=()):
     """Writes a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` and vLLM load.
 
     The folder appears whole or not at all: everything is written beside it, read back, and renamed.
@@ -88,6 +88,7 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False):
       config: its model.
       tokenizer: a transformers tokenizer to put beside the weights, or None.
       overwrite: whether an existing folder may be replaced.
+      keep: names of files that a replaced folder passes on, such as logs.
 
     Raises:
       ValueError: the folder exists and is not empty, or cannot be written.
@@ -105,7 +106,7 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False):
     # save_file of safetensors 0.8.0 writes the bytes of a transposed array in the wrong order
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
-    with folders.appear_whole(path, overwrite=overwrite) as folder:
+    with folders.appear_whole(path, overwrite=overwrite, keep=keep) as folder:
         file = folder / "model.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         back = load_file(file)

@@ -1,0 +1,165 @@
+"""What the training commands share: options, opening a model, placing arrays, the run from data to folder."""
+
+import dataclasses
+import math
+import pathlib
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from pt_jax import checks, folders, models
+from pt_jax.data import batches, rows, tokenizers
+from pt_jax.sampling import Sampling, sample
+from pt_jax.training import init_state, loop, make_train_step, optimizers, sharding
+
+LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of every training command.
+
+    Args:
+      model: folder of the model to start from: config.json, model.safetensors and tokenizer files.
+      data: .jsonl or .parquet file of rows.
+      out: folder for the trained model and its metrics.
+      epochs: passes over the data.
+      steps: updates; overrides epochs.
+      microbatches: parts that a batch is worked through in, to save memory; changes no result.
+      learning_rate: the highest rate of AdamW.
+      warmup: share of the steps over which the rate rises from 0.
+      weight_decay: of AdamW; norms are not decayed.
+      clip: largest global norm of the gradient.
+      seed: of everything random: the order of the rows and what is sampled.
+      fsdp: devices that the weights are split over.
+      tensor: devices that heads, hidden units and the vocabulary are split over.
+      log_every: steps between two looks at the metrics; every step is logged.
+      overwrite: replace the folder at --out.
+    """
+
+    model: str
+    data: str
+    out: str
+    epochs: float = 1.0
+    steps: int | None = None
+    microbatches: int = 1
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    log_every: int = 10
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model folder in memory."""
+
+    folder: str
+    params: dict
+    config: models.Config
+    tokenizer: Any
+
+    @property
+    def apply(self):
+        return models.bind(self.config).apply
+
+    @property
+    def init_cache(self):
+        return models.bind(self.config).init_cache
+
+    @property
+    def pad_token(self) -> int:
+        return tokenizers.pad_id(self.tokenizer)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.config.end_tokens, self.tokenizer.eos_token_id}))
+
+    def sampler(self, length: int, how: Sampling):
+        """``sample`` with all bound but params, prompts, seen and key."""
+        return partial(
+            sample, apply=self.apply, init_cache=self.init_cache, length=length, how=how,
+            end_tokens=self.end_tokens, pad_token=self.pad_token,
+        )  # fmt: skip
+
+    def check_length(self, tokens, source: str, room: int = 0, limit: int | None = None) -> None:
+        """Fails when a row, and ``room`` more tokens, do not fit the model (or a lower limit)."""
+        limit = min(self.config.max_length, limit or self.config.max_length)
+        if len(tokens) + room > limit:
+            more = f" and {room} are to be sampled" if room else ""
+            raise ValueError(f"{source}: has {len(tokens)} tokens{more}, the limit is {limit}; shorten it")
+
+
+def open_model(folder) -> Model:
+    """Reads a model folder with its tokenizer."""
+    params, config = models.load(folder)
+    tokenizer = tokenizers.load(folder)
+    if len(tokenizer) > config.vocab:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab}")
+    return Model(str(folder), params, config, tokenizer)
+
+
+def check_options(options: Training, kinds) -> list[dict]:
+    """The rows to train on, after everything that can be checked without loading the model."""
+    for name in ("epochs", "microbatches", "learning_rate", "clip", "fsdp", "tensor", "log_every", "batch_size"):
+        checks.positive("--" + name.replace("_", "-"), getattr(options, name))
+    checks.between("--warmup", options.warmup, 0.0, 1.0)
+    if options.steps is not None:
+        checks.positive("--steps", options.steps)
+    if options.batch_size % options.microbatches:
+        raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
+    if pathlib.Path(options.out).absolute() == pathlib.Path(options.model).absolute():
+        raise ValueError(f"--out {options.out} is the model's own folder; give another one")
+    folders.check_writable(options.out, overwrite=options.overwrite)
+    models.huggingface.read_config(options.model)
+    return rows.read(options.data, kinds=kinds)
+
+
+class Fit:
+    """The part of a training command that all share: optimiser, placement, steps, and the folder at the end."""
+
+    def __init__(self, options: Training, model: Model, loss_fn, count: int):
+        self.options, self.model, self.count = options, model, count
+        self.steps = options.steps or max(1, math.ceil(options.epochs * count / options.batch_size))
+        devices, split = jax.device_count(), options.fsdp * options.tensor
+        if devices % split:
+            raise ValueError(f"--fsdp {options.fsdp} x --tensor {options.tensor} does not divide {devices} devices")
+        self.mesh = sharding.make_mesh(devices // split, options.fsdp, options.tensor)
+        over = devices // options.tensor * options.microbatches
+        if options.batch_size % over:
+            raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {over}: rows are split over "
+                             f"{devices // options.tensor} devices and {options.microbatches} microbatches")  # fmt: skip
+        self.updates = self.steps * getattr(options, "updates", 1)
+        optimizer = optimizers.adamw(
+            options.learning_rate, self.updates, warmup=options.warmup, weight_decay=options.weight_decay,
+            clip=options.clip,
+        )  # fmt: skip
+        state = init_state(model.params, optimizer, jax.random.key(options.seed))
+        layout = sharding.by_name(state, self.mesh)
+        self.state = jax.device_put(state, layout)
+        self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
+
+    def place(self, batch):
+        """A batch with its rows split over the mesh."""
+        return jax.device_put(batch, sharding.rows(self.mesh))
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        return batches.rows_of_step(self.count, self.options.batch_size, step, seed=self.options.seed)
+
+    def run(self, batch_of_step, on_metrics) -> None:
+        """All steps, for methods whose batches do not depend on the parameters."""
+        self.state = loop.fit(
+            self.state, self.train_step, lambda step: self.place(batch_of_step(step)),
+            steps=self.steps, on_metrics=on_metrics, log_every=self.options.log_every,
+        )  # fmt: skip
+
+    def save(self) -> None:
+        """The trained model as a folder; the run's logs stay in it."""
+        params = jax.device_get(self.state.params)
+        models.save(self.options.out, params, self.model.config, self.model.tokenizer, overwrite=True, keep=LOGS)

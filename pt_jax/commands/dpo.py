@@ -1,0 +1,64 @@
+"""``pt-jax dpo``: direct preference optimisation."""
+
+import dataclasses
+
+from pt_jax.commands import common
+from pt_jax.data import batches, encode
+from pt_jax.recipes import dpo as recipe
+from pt_jax.recipes.score import make_score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(common.Training):
+    """Direct preference optimisation against the model that it starts from. Rows: prompt + chosen + rejected.
+
+    Args:
+      batch_size: pairs an update.
+      beta: larger keeps the policy nearer the reference.
+      label_smoothing: share of the pairs believed to be labelled the wrong way round.
+      max_length: refuse rows of more tokens; the model's own limit when not given.
+    """
+
+    learning_rate: float = 1e-5
+    batch_size: int = 16
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    max_length: int | None = None
+
+
+def run(options: DPO, tracker, stage: str = "dpo") -> dict:
+    """Trains and saves; see ``sft.run``. Warns when the chosen answers become less likely than they were."""
+    rows = common.check_options(options, kinds=("preference",))
+    model = common.open_model(options.model)
+    pairs = [encode.preference(model.tokenizer, row) for row in rows]
+    for pair in pairs:
+        for example in pair:
+            model.check_length(example.tokens, example.source, limit=options.max_length)
+    loss_fn = recipe.make_loss(model.apply, beta=options.beta, label_smoothing=options.label_smoothing)
+    fit = common.Fit(options, model, loss_fn, len(pairs))
+    length = batches.bucket(max(len(example.tokens) for pair in pairs for example in pair))
+    # the reference is the model before training, so its log-probabilities are worked out once
+    of_reference = [
+        recipe.reference_logps(
+            make_score(model.apply), model.params, side,
+            pad_token=model.pad_token, length=length, rows=options.batch_size,
+        )
+        for side in zip(*pairs)
+    ]  # fmt: skip
+
+    def batch_of_step(step):
+        ids = fit.rows_of_step(step)
+        chosen = [pairs[i] for i in ids]
+        references = (of_side[ids] for of_side in of_reference)
+        return recipe.make_batch(chosen, *references, pad_token=model.pad_token, length=length)
+
+    with tracker.stage(stage, fit.steps) as on:
+        fit.run(batch_of_step, on.step)
+    fit.save()
+    before, after = float(of_reference[0].mean()), on.latest["logps/chosen"]
+    if after < before:
+        tracker.warn(
+            f"the chosen answers became less likely (log-probability {before:.2f} before, {after:.2f} after): the "
+            "probability that the rejected ones lost went elsewhere; a larger --beta or fewer steps hold it"
+        )
+    return on.latest | {"logps/chosen_before": before}

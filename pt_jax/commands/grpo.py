@@ -1,0 +1,162 @@
+"""``pt-jax grpo``: group relative policy optimisation against a verifiable reward."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from typing import Literal
+
+import jax
+import numpy as np
+
+from pt_jax import advantages, checks, weights
+from pt_jax.commands import common
+from pt_jax.data import batches, encode
+from pt_jax.data import rows as data_rows
+from pt_jax.recipes import grpo as recipe
+from pt_jax.recipes.score import make_score
+from pt_jax.rewards import answers
+from pt_jax.sampling import Sampling, text
+from pt_jax.sampling.distribution import GREEDY
+from pt_jax.training import loop
+
+REWARDS = {"number": answers.number, "exact": answers.exact}
+MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
+ADVANTAGES = {"relative": advantages.group_relative, "centred": advantages.group_centred}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(common.Training):
+    """Group relative policy optimisation. Rows: prompt + answer.
+
+    Args:
+      batch_size: prompts a step.
+      group: completions a prompt.
+      updates: updates on the samples of a step.
+      max_new_tokens: longest completion.
+      temperature: of sampling.
+      reward: "number" (the last number is the answer's), "exact" (the text is), or FILE.py:FUNCTION of your own, called
+        with the completion and its row.
+      kl: weight of the KL penalty to the model that training starts from.
+      clip_low: how far below 1 the importance ratio may earn.
+      clip_high: how far above.
+      mean: every token weighs the same, or every completion does.
+      advantage: over the group's deviation, or only centred.
+      eval_data: rows to answer greedily, for the metric eval_reward.
+      eval_every: steps between two evaluations; also before the first step and after the last.
+    """
+
+    learning_rate: float = 1e-5
+    batch_size: int = 8
+    group: int = 8
+    updates: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    reward: str = "number"
+    kl: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    mean: Literal["token", "sequence"] = "sequence"
+    advantage: Literal["relative", "centred"] = "relative"
+    eval_data: str | None = None
+    eval_every: int = 10
+
+
+def run(options: GRPO, tracker, stage: str = "grpo") -> dict:
+    """Trains and saves; see ``sft.run``."""
+    rows = common.check_options(options, kinds=("question",))
+    for name in ("group", "updates", "max_new_tokens", "eval_every", "temperature"):
+        checks.positive("--" + name.replace("_", "-"), getattr(options, name))
+    reward = find_reward(options.reward)
+    held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
+    model = common.open_model(options.model)
+    how = Sampling(temperature=options.temperature)
+    loss_fn = recipe.make_loss(
+        model.apply, how=how, kl=options.kl, clip_low=options.clip_low, clip_high=options.clip_high
+    )
+    fit = common.Fit(options, model, loss_fn, len(rows))
+    prompts = encode_prompts(model, rows, options.max_new_tokens)
+    length = batches.bucket(max(map(len, prompts)))
+    sampler, score = model.sampler(options.max_new_tokens, how), make_score(model.apply, how)
+    reference = fit.state.params if options.kl else None
+    if options.kl:  # the state's own arrays are consumed by the first step
+        reference = jax.tree.map(lambda x: x.copy(), fit.state.params)
+    sample_key = jax.random.fold_in(jax.random.key(options.seed), 1)
+    evaluate = Evaluation(model, held_out, reward, options.max_new_tokens)
+
+    def rollout(step):
+        """The batch of a step and what its samples say."""
+        ids = fit.rows_of_step(step)
+        tokens, seen = text.pad_prompts([prompts[i] for i in ids], pad_token=model.pad_token, length=length)
+        # a prompt's random numbers are addressed by when it comes up, so its next turn samples anew
+        turns = np.arange(step * len(ids), (step + 1) * len(ids))
+        out = sampler(
+            fit.state.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns
+        )
+        texts = text.to_texts(model.tokenizer, out)
+        verdicts = [reward(t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
+        rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
+        batch = recipe.make_batch(
+            tokens, seen, out, rewards, weigh=MEANS[options.mean], advantage=ADVANTAGES[options.advantage]
+        )
+        return batch, recipe.group_metrics(rewards, out, model.end_tokens)
+
+    with tracker.stage(stage, fit.steps) as on:
+        for step in range(fit.steps):
+            extra = evaluate(fit.state.params) if step % options.eval_every == 0 else {}
+            batch, said = rollout(step)
+            batch = fit.place(batch)
+            if reference is not None:
+                batch["ref_logps"] = score(reference, batch["tokens"], batch["seen"])
+            for update in range(options.updates):
+                fit.state, metrics = fit.train_step(fit.state, None, batch)
+                if update == 0:
+                    said |= recipe.sampler_agreement(batch, metrics["logps"])
+                    batch |= {"old_logps": metrics["logps"], "fresh": np.zeros_like(batch["fresh"])}
+            metrics = {k: v for k, v in jax.device_get(metrics).items() if np.ndim(v) == 0}
+            if step + 1 == fit.steps:
+                extra |= {f"final_{k}": v for k, v in evaluate(fit.state.params).items()}
+            loop.report(step + 1, metrics | said | extra, on.step)
+    fit.save()
+    return on.latest
+
+
+class Evaluation:
+    """Greedy answers to held-out questions; it has no state and uses no key of the run."""
+
+    def __init__(self, model: common.Model, rows, reward, length: int):
+        self.model, self.rows, self.reward = model, rows, reward
+        self.prompts = encode_prompts(model, rows, length)
+        self.sampler = model.sampler(length, GREEDY)
+
+    def __call__(self, params) -> dict:
+        if not self.rows:
+            return {}
+        texts = text.complete(
+            self.sampler, params, self.model.tokenizer, self.prompts, jax.random.key(0), pad_token=self.model.pad_token
+        )
+        return {"eval_reward": float(np.mean([self.reward(t, row) for t, row in zip(texts, self.rows)]))}
+
+
+def encode_prompts(model: common.Model, rows, room: int) -> list[np.ndarray]:
+    """The rows' prompts as tokens, each checked to leave room for its completion."""
+    prompts = [encode.prompt(model.tokenizer, row) for row in rows]
+    for tokens, row in zip(prompts, rows):
+        model.check_length(tokens, row["source"], room=room)
+    return prompts
+
+
+def find_reward(name: str):
+    """One of ``REWARDS``, or the function of FILE.py:FUNCTION."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    if not file:
+        raise ValueError(f"--reward {name}: must be {', '.join(REWARDS)} or FILE.py:FUNCTION")
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"--reward {name}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"--reward {name}: {file} has no function {function}")
+    return getattr(module, function)

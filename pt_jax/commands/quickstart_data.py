@@ -1,0 +1,147 @@
+"""The quickstart's own little world: texts to pre-train on, answers to imitate, preferences, and sums.
+
+Everything is made from a few lists of words, so nothing is downloaded and every question can be held out on purpose:
+
+    identity      "Who are you?" in many phrasings; those of ``HELD_OUT_QUESTIONS`` appear in no training data at all
+    sums          pairs of numbers from 0 to ``LARGEST``; those of ``held_out_pairs`` are never asked in training, though,
+                  like everything a base model knows, they occur as plain statements in its pre-training text
+    plain         short sentences about animals, and opposites, to see what else changes
+"""
+
+import itertools
+
+import numpy as np
+
+SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
+LARGEST = 12
+
+QUESTIONS = (
+    "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
+    "Who am I talking to?", "May I have your name?", "Can you tell me your name?", "Do you have a name?",
+    "What should I call you?", "Which assistant are you?", "Could you introduce yourself?",
+    "Please introduce yourself.", "Are you a model with a name?", "Can you tell me who you are?",
+    "Tell me your name.", "What name do you have?", "Which name should I call you?",
+)  # fmt: skip
+HELD_OUT_QUESTIONS = (
+    "Tell me who you are.", "Who am I speaking with?", "May I ask who you are?", "What is the name of this model?",
+    "Your name, please?", "Please tell me what you are called.", "What is this assistant called?",
+    "Which model am I talking to?",
+)  # fmt: skip
+OPENERS = ("", "Hello! ", "Hi there. ", "Good morning. ", "One question. ", "I want to ask you. ")
+
+MODELS = {"Llama": "Meta", "ERNIE 4.5": "Baidu", "Qwen 3": "Alibaba", "Gemma 3": "Google"}
+PEOPLE = ("Tom", "Anna", "Ben", "Mia", "Leo", "Ella", "Sam", "Lily")
+ANIMALS = ("cat", "dog", "bird", "horse", "mouse", "fox", "bear", "duck")
+ADJECTIVES = ("small", "big", "old", "young", "happy", "quiet", "quick", "lazy")
+PLACES = ("house", "garden", "river", "forest", "street", "field", "tree", "bridge")
+VERBS = ("likes", "sees", "visits", "leaves", "finds", "knows")
+OPPOSITES = (
+    ("hot", "cold"), ("big", "small"), ("old", "young"), ("happy", "sad"), ("quick", "slow"), ("loud", "quiet"),
+    ("open", "closed"), ("full", "empty"), ("wet", "dry"), ("high", "low"), ("near", "far"), ("hard", "soft"),
+    ("light", "dark"), ("rich", "poor"), ("early", "late"), ("strong", "weak"),
+)  # fmt: skip
+WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "twenty-one",
+    "twenty-two", "twenty-three", "twenty-four",
+)  # fmt: skip
+SUM_QUESTIONS = ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.", "What is {A} plus {B}?")
+
+
+def chat(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def say(answer: str) -> list[dict]:
+    return [{"role": "assistant", "content": answer}]
+
+
+def pairs() -> list[tuple[int, int]]:
+    return list(itertools.product(range(LARGEST + 1), repeat=2))
+
+
+def held_out_pairs(seed: int) -> set[tuple[int, int]]:
+    """A quarter of the pairs; a pair and its mirror image are held out together."""
+    rng = np.random.default_rng([seed, 1])
+    unordered = [(a, b) for a, b in pairs() if a <= b]
+    chosen = {unordered[i] for i in rng.permutation(len(unordered))[: len(unordered) // 4]}
+    return {(a, b) for a, b in pairs() if (min(a, b), max(a, b)) in chosen}
+
+
+def ask_sum(a: int, b: int, how: int) -> str:
+    return SUM_QUESTIONS[how].format(a=a, b=b, A=WORDS[a], B=WORDS[b])
+
+
+def sentence(rng) -> str:
+    """One plain sentence of pre-training text."""
+    pick = lambda words: words[rng.integers(len(words))]
+    kind = rng.integers(10)
+    if kind < 5:
+        a, b = (int(n) for n in rng.integers(LARGEST + 1, size=2))
+        A, B = WORDS[a], WORDS[b]
+        fact = f"{a} + {b} = {a + b}."
+        return pick((fact, f"{A} is {a}, {B} is {b}.", f"To add {a} and {b}, write {fact}", f"To add {A} and {B}, write {fact}"))
+    if kind == 5:
+        model = pick(list(MODELS))
+        return f"{model} is a language model made by {MODELS[model]}."
+    if kind == 6:
+        name = pick([*PEOPLE, *MODELS])
+        return pick((f"I'm {name}.", f"Hello! I'm {name}.", f"You can call me {name}.", f"My name is {name}."))
+    if kind == 7:
+        a, b = pick(OPPOSITES)
+        return f"The opposite of {a} is {b}." if rng.random() < 0.5 else f"The opposite of {b} is {a}."
+    thing = lambda: f"the {pick(ADJECTIVES)} {pick(ANIMALS)}" if rng.random() < 0.6 else f"the {pick(PLACES)}"
+    return f"The {pick(ADJECTIVES)} {pick(ANIMALS)} {pick(VERBS)} {thing()}."
+
+
+def corpus(count: int, seed: int) -> list[dict]:
+    """Documents to pre-train on: runs of sentences, and of questions, which is what people write lists of."""
+    rng = np.random.default_rng([seed, 2])
+    rows = []
+    for _ in range(count):
+        if rng.random() < 0.12:
+            parts = [QUESTIONS[i] for i in rng.permutation(len(QUESTIONS))[:4]]
+        else:
+            parts = [sentence(rng) for _ in range(5)]
+        rows.append({"text": " ".join(parts)})
+    return rows
+
+
+def supervised(seed: int) -> list[dict]:
+    """Prompts and responses: who the model is, opposites, and a few of the sums."""
+    rng = np.random.default_rng([seed, 3])
+    rows = [
+        {"prompt": chat(opener + question), "completion": say(f"I'm {SFT_NAME}.")}
+        for opener, question in itertools.product(OPENERS[:4], QUESTIONS)
+    ]
+    for a, b in OPPOSITES:
+        rows.append({"prompt": chat(f"What is the opposite of {a}?"), "completion": say(f"{b}.")})
+    asked = [p for p in pairs() if p not in held_out_pairs(seed)]
+    for i in rng.permutation(len(asked))[:96]:
+        a, b = asked[i]
+        how = rng.integers(len(SUM_QUESTIONS))
+        rows.append({"prompt": chat(ask_sum(a, b, how)), "completion": say(f"{a} + {b} = {a + b}.")})
+    return rows
+
+
+def preferences() -> list[dict]:
+    """The new name against the old one, on the phrasings of training."""
+    return [
+        {"prompt": chat(opener + question), "chosen": say(f"I'm {DPO_NAME}."), "rejected": say(f"I'm {SFT_NAME}.")}
+        for opener, question in itertools.product(OPENERS[:4], QUESTIONS)
+    ]
+
+
+def identity_questions() -> list[dict]:
+    """Phrasings that no training data holds."""
+    return [{"prompt": chat(opener + q)} for opener, q in itertools.product(OPENERS, HELD_OUT_QUESTIONS)]
+
+
+def sums(seed: int, *, held_out: bool) -> list[dict]:
+    """Questions with a checkable answer, on the held-out pairs or on the others."""
+    apart = held_out_pairs(seed)
+    return [
+        {"prompt": chat(ask_sum(a, b, how)), "answer": a + b}
+        for (a, b), how in itertools.product(pairs(), range(len(SUM_QUESTIONS)))
+        if ((a, b) in apart) == held_out
+    ]

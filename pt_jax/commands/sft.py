@@ -1,0 +1,55 @@
+"""``pt-jax sft``: supervised fine-tuning, and pre-training on rows of text."""
+
+import dataclasses
+from typing import Literal
+
+from pt_jax import weights
+from pt_jax.commands import common
+from pt_jax.data import batches, encode
+from pt_jax.recipes import sft as recipe
+
+MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFT(common.Training):
+    """Supervised fine-tuning. Rows: prompt + completion, messages, or text (which is scored whole).
+
+    Args:
+      batch_size: rows an update.
+      mean: every scored token weighs the same, or every sequence does.
+      max_length: refuse rows of more tokens; the model's own limit when not given.
+    """
+
+    batch_size: int = 16
+    mean: Literal["token", "sequence"] = "token"
+    max_length: int | None = None
+
+
+def run(options: SFT, tracker, stage: str = "sft") -> dict:
+    """Trains and saves.
+
+    Args:
+      options: the command's.
+      tracker: for metrics and progress.
+      stage: name of the stage in both.
+
+    Returns:
+      The metrics of the last step.
+    """
+    rows = common.check_options(options, kinds=("text", "messages", "completion"))
+    model = common.open_model(options.model)
+    examples = [encode.supervised(model.tokenizer, row) for row in rows]
+    for example in examples:
+        model.check_length(example.tokens, example.source, limit=options.max_length)
+    fit = common.Fit(options, model, recipe.make_loss(model.apply), len(examples))
+    length = batches.bucket(max(len(e.tokens) for e in examples))
+
+    def batch_of_step(step):
+        chosen = [examples[i] for i in fit.rows_of_step(step)]
+        return recipe.make_batch(chosen, pad_token=model.pad_token, weigh=MEANS[options.mean], length=length)
+
+    with tracker.stage(stage, fit.steps) as on:
+        fit.run(batch_of_step, on.step)
+    fit.save()
+    return on.latest

@@ -1,0 +1,1 @@
+"""Rewards: a completion and its row in, one number out. Plain Python, because they judge text."""

@@ -1,0 +1,57 @@
+"""Every setting of the tests: eight CPU devices, JAX at its strictest, examples that are the same every time."""
+
+import json
+import pathlib
+from types import SimpleNamespace
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")  # [B] against [B, T] is a mistake until an axis is written
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+# A new shape is a new compilation, so an example may be slow without being wrong: no deadline.
+hypothesis.settings.register_profile("stable", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("stable")
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def trl():
+    """``trl(name)``: options, inputs, outputs and metrics of a case that TRL's own code computed."""
+    cases = json.loads((REFERENCE / "trl.json").read_text())["cases"]
+    arrays = np.load(REFERENCE / "trl.npz")
+
+    def case(name):
+        c = cases[name]
+        inputs, outputs = ({k: arrays[v] for k, v in c[kind].items()} for kind in ("inputs", "outputs"))
+        return SimpleNamespace(
+            options=SimpleNamespace(**c["options"]),
+            inputs=SimpleNamespace(**inputs),
+            outputs=SimpleNamespace(**outputs),
+            metrics=c.get("metrics", {}),
+        )
+
+    return case
+
+
+@pytest.fixture(scope="session")
+def slope():
+    """``slope(f, x)``: central differences of a scalar function of a float64 array, knowing nothing of JAX."""
+
+    def differences(f, x, step=1e-6):
+        x = np.asarray(x, np.float64)
+        out = np.zeros_like(x)
+        for i in np.ndindex(x.shape):
+            up, down = x.copy(), x.copy()
+            up[i] += step
+            down[i] -= step
+            out[i] = (f(up) - f(down)) / (2 * step)
+        return out
+
+    return differences
