@@ -23,6 +23,10 @@ def test_letters_are_bound_to_sizes_in_every_argument():
             {"logps": ((3, 5), "B T"), "values": ((3, 6), "B T"), "mask": ((3, 6), "B T")},
             "values has shape (3, 6), expected [B, T] with T=5 (from logps)",
         ),
+        (  # the first who spoke of T is the witness, whoever agreed with it since
+            {"logps": ((3, 5), "B T"), "values": ((3, 5), "B T"), "mask": ((3, 4), "B T")},
+            "mask has shape (3, 4), expected [B, T] with T=5 (from logps)",
+        ),
         (  # T is first seen in the second argument: that one is the witness, not the first argument
             {"rewards": ((3,), "B"), "logps": ((3, 5), "B T"), "mask": ((3, 4), "B T")},
             "mask has shape (3, 4), expected [B, T] with T=5 (from logps)",

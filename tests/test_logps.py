@@ -40,14 +40,14 @@ def token_entropies(logits):
 
 class LogpsTest(parameterized.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
-    @parameterized.parameters(1.0, 1e-3, 1e3)
+    @parameterized.parameters(1.0, 1e3)
     def test_token_logps_are_the_equation(self, scale):
         got = self.variant(logps.token_logps)(LOGITS * np.float32(scale), TOKENS)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, token_logps(LOGITS * np.float32(scale), TOKENS), rtol=1e-5, atol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
-    @parameterized.parameters(1.0, 1e-3, 1e3)
+    @parameterized.parameters(1.0, 1e3)
     def test_token_entropies_are_the_equation(self, scale):
         got = self.variant(logps.token_entropies)(LOGITS * np.float32(scale))
         assert got.dtype == jnp.float32

@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 
 SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
-LARGEST = 12
+LARGEST = 9
 
 QUESTIONS = (
     "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
@@ -78,14 +78,18 @@ def sentence(rng) -> str:
     kind = rng.integers(10)
     if kind < 5:
         a, b = (int(n) for n in rng.integers(LARGEST + 1, size=2))
-        A, B = WORDS[a], WORDS[b]
         fact = f"{a} + {b} = {a + b}."
-        return pick((fact, f"{A} is {a}, {B} is {b}.", f"To add {a} and {b}, write {fact}", f"To add {A} and {B}, write {fact}"))
+        if rng.random() < 0.25:
+            return fact
+        asks, says = (pick(PEOPLE) for _ in range(2))
+        question = ask_sum(a, b, rng.integers(len(SUM_QUESTIONS)))
+        form = pick(("{0}: {1} {2}: {3}", "{0} asks: {1} {2} says: {3}", "{1} asks {0}. {3} says {2}.", "{1} Let me think. {3}"))
+        return form.format(asks, question, says, fact)
     if kind == 5:
         model = pick(list(MODELS))
         return f"{model} is a language model made by {MODELS[model]}."
     if kind == 6:
-        name = pick([*PEOPLE, *MODELS])
+        name = pick(PEOPLE if rng.random() < 0.5 else list(MODELS))
         return pick((f"I'm {name}.", f"Hello! I'm {name}.", f"You can call me {name}.", f"My name is {name}."))
     if kind == 7:
         a, b = pick(OPPOSITES)
@@ -116,11 +120,10 @@ def supervised(seed: int) -> list[dict]:
     ]
     for a, b in OPPOSITES:
         rows.append({"prompt": chat(f"What is the opposite of {a}?"), "completion": say(f"{b}.")})
-    asked = [p for p in pairs() if p not in held_out_pairs(seed)]
-    for i in rng.permutation(len(asked))[:96]:
-        a, b = asked[i]
-        how = rng.integers(len(SUM_QUESTIONS))
-        rows.append({"prompt": chat(ask_sum(a, b, how)), "completion": say(f"{a} + {b} = {a + b}.")})
+    asked = sums(seed, held_out=False)
+    for i in rng.permutation(len(asked))[: int(__import__("os").environ.get("NS","96"))]:
+        a, b = asked[i]["numbers"]
+        rows.append({"prompt": asked[i]["prompt"], "completion": say(f"{a} + {b} = {a + b}.")})
     return rows
 
 
@@ -141,7 +144,7 @@ def sums(seed: int, *, held_out: bool) -> list[dict]:
     """Questions with a checkable answer, on the held-out pairs or on the others."""
     apart = held_out_pairs(seed)
     return [
-        {"prompt": chat(ask_sum(a, b, how)), "answer": a + b}
+        {"prompt": chat(ask_sum(a, b, how)), "answer": a + b, "numbers": [a, b]}
         for (a, b), how in itertools.product(pairs(), range(len(SUM_QUESTIONS)))
         if ((a, b) in apart) == held_out
     ]
