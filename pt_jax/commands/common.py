@@ -10,12 +10,10 @@ import jax
 import numpy as np
 
 from pt_jax import checks, folders, models
+from pt_jax.commands import runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.sampling import Sampling, sample
 from pt_jax.training import init_state, loop, make_train_step, optimizers, sharding
-
-LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
@@ -116,7 +114,7 @@ def check_options(options: Training, kinds) -> list[dict]:
         raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
     if pathlib.Path(options.out).absolute() == pathlib.Path(options.model).absolute():
         raise ValueError(f"--out {options.out} is the model's own folder; give another one")
-    folders.check_writable(options.out, overwrite=options.overwrite)
+    folders.check_writable(options.out, overwrite=options.overwrite, keep=runs.LOGS)
     models.huggingface.read_config(options.model)
     return rows.read(options.data, kinds=kinds)
 
@@ -162,4 +160,7 @@ class Fit:
     def save(self) -> None:
         """The trained model as a folder; the run's logs stay in it."""
         params = jax.device_get(self.state.params)
-        models.save(self.options.out, params, self.model.config, self.model.tokenizer, overwrite=True, keep=LOGS)
+        models.save(
+            self.options.out, params, self.model.config, self.model.tokenizer,
+            overwrite=self.options.overwrite, keep=runs.LOGS,
+        )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pt_jax.commands import common
+from pt_jax.commands import common, runs
 from pt_jax.data import batches, encode
 from pt_jax.recipes import dpo as recipe
 from pt_jax.recipes.score import make_score
@@ -26,7 +26,7 @@ class DPO(common.Training):
     max_length: int | None = None
 
 
-def run(options: DPO, tracker, stage: str = "dpo") -> dict:
+def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
     """Trains and saves; see ``sft.run``. Warns when the chosen answers become less likely than they were."""
     rows = common.check_options(options, kinds=("preference",))
     model = common.open_model(options.model)
@@ -52,13 +52,14 @@ def run(options: DPO, tracker, stage: str = "dpo") -> dict:
         references = (of_side[ids] for of_side in of_reference)
         return recipe.make_batch(chosen, *references, pad_token=model.pad_token, length=length)
 
-    with tracker.stage(stage, fit.steps) as on:
+    before = float(of_reference[0].mean())
+    with runs.stage(options, stage, fit.steps, tracker) as (tracker, on):
         fit.run(batch_of_step, on.step)
+        after = on.latest["logps/chosen"]
+        if after < before:
+            tracker.warn(
+                f"the chosen answers became less likely (log-probability {before:.2f} before, {after:.2f} after): the "
+                "probability that the rejected ones lost went elsewhere; a larger --beta or fewer steps hold it"
+            )
     fit.save()
-    before, after = float(of_reference[0].mean()), on.latest["logps/chosen"]
-    if after < before:
-        tracker.warn(
-            f"the chosen answers became less likely (log-probability {before:.2f} before, {after:.2f} after): the "
-            "probability that the rejected ones lost went elsewhere; a larger --beta or fewer steps hold it"
-        )
     return on.latest | {"logps/chosen_before": before}

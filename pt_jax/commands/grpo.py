@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pt_jax import advantages, checks, weights
-from pt_jax.commands import common
+from pt_jax.commands import common, runs
 from pt_jax.data import batches, encode
 from pt_jax.data import rows as data_rows
 from pt_jax.recipes import grpo as recipe
@@ -61,11 +61,13 @@ class GRPO(common.Training):
     eval_every: int = 10
 
 
-def run(options: GRPO, tracker, stage: str = "grpo") -> dict:
+def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     """Trains and saves; see ``sft.run``."""
     rows = common.check_options(options, kinds=("question",))
     for name in ("group", "updates", "max_new_tokens", "eval_every", "temperature"):
         checks.positive("--" + name.replace("_", "-"), getattr(options, name))
+    if options.group < 2:
+        raise ValueError(f"--group {options.group}: answers are compared within a group, so it needs at least 2")
     reward = find_reward(options.reward)
     held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
     model = common.open_model(options.model)
@@ -100,22 +102,23 @@ def run(options: GRPO, tracker, stage: str = "grpo") -> dict:
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
-    with tracker.stage(stage, fit.steps) as on:
+    with runs.stage(options, stage, fit.steps, tracker) as (_, on):
+        if held_out:
+            on.step(0, evaluate(fit.state.params))
         for step in range(fit.steps):
-            extra = evaluate(fit.state.params) if step % options.eval_every == 0 else {}
             batch, said = rollout(step)
             batch = fit.place(batch)
             if reference is not None:
-                batch["ref_logps"] = score(reference, batch["tokens"], batch["seen"])
+                batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"])})
             for update in range(options.updates):
                 fit.state, metrics = fit.train_step(fit.state, None, batch)
                 if update == 0:
                     said |= recipe.sampler_agreement(batch, metrics["logps"])
-                    batch |= {"old_logps": metrics["logps"], "fresh": np.zeros_like(batch["fresh"])}
+                    batch |= fit.place({"old_logps": metrics["logps"], "fresh": np.zeros(len(batch["fresh"]), bool)})
             metrics = {k: v for k, v in jax.device_get(metrics).items() if np.ndim(v) == 0}
-            if step + 1 == fit.steps:
-                extra |= {f"final_{k}": v for k, v in evaluate(fit.state.params).items()}
-            loop.report(step + 1, metrics | said | extra, on.step)
+            if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == fit.steps):
+                said |= evaluate(fit.state.params)
+            loop.report(step + 1, metrics | said, on.step)
     fit.save()
     return on.latest
 
@@ -129,8 +132,6 @@ class Evaluation:
         self.sampler = model.sampler(length, GREEDY)
 
     def __call__(self, params) -> dict:
-        if not self.rows:
-            return {}
         texts = text.complete(
             self.sampler, params, self.model.tokenizer, self.prompts, jax.random.key(0), pad_token=self.model.pad_token
         )

@@ -1,11 +1,11 @@
 """The quickstart's own little world: texts to pre-train on, answers to imitate, preferences, and sums.
 
-Everything is made from a few lists of words, so nothing is downloaded and every question can be held out on purpose:
+Everything is made from a few lists of words, so nothing is downloaded, and what is held out is held out on purpose:
 
-    identity      "Who are you?" in many phrasings; those of ``HELD_OUT_QUESTIONS`` appear in no training data at all
-    sums          pairs of numbers from 0 to ``LARGEST``; those of ``held_out_pairs`` are never asked in training, though,
-                  like everything a base model knows, they occur as plain statements in its pre-training text
-    plain         short sentences about animals, and opposites, to see what else changes
+    identity    "Who are you?" in many phrasings; those of ``HELD_OUT_QUESTIONS`` appear in no training data at all
+    sums        every pair of numbers to ``LARGEST`` in four phrasings; a quarter of these questions is never asked in
+                fine-tuning or reinforcement. Like all that a base model knows, every sum occurs in its pre-training text
+    plain       sentences about animals, models and opposites, to be a language and to see what else changes
 """
 
 import itertools
@@ -14,6 +14,7 @@ import numpy as np
 
 SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
 LARGEST = 9
+SUMS_SHOWN = 100  # sums that supervised fine-tuning shows
 
 QUESTIONS = (
     "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
@@ -30,6 +31,7 @@ HELD_OUT_QUESTIONS = (
 OPENERS = ("", "Hello! ", "Hi there. ", "Good morning. ", "One question. ", "I want to ask you. ")
 
 MODELS = {"Llama": "Meta", "ERNIE 4.5": "Baidu", "Qwen 3": "Alibaba", "Gemma 3": "Google"}
+MODEL_QUESTIONS = ("What is {}?", "Who made {}?", "Tell me about {}.", "What do you know about {}?")
 PEOPLE = ("Tom", "Anna", "Ben", "Mia", "Leo", "Ella", "Sam", "Lily")
 ANIMALS = ("cat", "dog", "bird", "horse", "mouse", "fox", "bear", "duck")
 ADJECTIVES = ("small", "big", "old", "young", "happy", "quiet", "quick", "lazy")
@@ -58,14 +60,6 @@ def say(answer: str) -> list[dict]:
 
 def pairs() -> list[tuple[int, int]]:
     return list(itertools.product(range(LARGEST + 1), repeat=2))
-
-
-def held_out_pairs(seed: int) -> set[tuple[int, int]]:
-    """A quarter of the pairs; a pair and its mirror image are held out together."""
-    rng = np.random.default_rng([seed, 1])
-    unordered = [(a, b) for a, b in pairs() if a <= b]
-    chosen = {unordered[i] for i in rng.permutation(len(unordered))[: len(unordered) // 4]}
-    return {(a, b) for a, b in pairs() if (min(a, b), max(a, b)) in chosen}
 
 
 def ask_sum(a: int, b: int, how: int) -> str:
@@ -116,12 +110,15 @@ def supervised(seed: int) -> list[dict]:
     rng = np.random.default_rng([seed, 3])
     rows = [
         {"prompt": chat(opener + question), "completion": say(f"I'm {SFT_NAME}.")}
-        for opener, question in itertools.product(OPENERS[:4], QUESTIONS)
+        for opener, question in itertools.product(OPENERS[:2], QUESTIONS)
     ]
+    for (model, maker), question in itertools.product(MODELS.items(), MODEL_QUESTIONS):
+        answer = f"{model} is a language model made by {maker}."
+        rows.append({"prompt": chat(question.format(model)), "completion": say(answer)})
     for a, b in OPPOSITES:
         rows.append({"prompt": chat(f"What is the opposite of {a}?"), "completion": say(f"{b}.")})
     asked = sums(seed, held_out=False)
-    for i in rng.permutation(len(asked))[: int(__import__("os").environ.get("NS","96"))]:
+    for i in rng.permutation(len(asked))[:SUMS_SHOWN]:
         a, b = asked[i]["numbers"]
         rows.append({"prompt": asked[i]["prompt"], "completion": say(f"{a} + {b} = {a + b}.")})
     return rows
@@ -141,10 +138,11 @@ def identity_questions() -> list[dict]:
 
 
 def sums(seed: int, *, held_out: bool) -> list[dict]:
-    """Questions with a checkable answer, on the held-out pairs or on the others."""
-    apart = held_out_pairs(seed)
+    """Questions with a checkable answer: a quarter of all, or the others."""
+    asked = list(itertools.product(pairs(), range(len(SUM_QUESTIONS))))
+    order = np.random.default_rng([seed, 1]).permutation(len(asked))
+    apart, others = np.split(order, [len(asked) // 4])
     return [
         {"prompt": chat(ask_sum(a, b, how)), "answer": a + b, "numbers": [a, b]}
-        for (a, b), how in itertools.product(pairs(), range(len(SUM_QUESTIONS)))
-        if ((a, b) in apart) == held_out
+        for (a, b), how in (asked[i] for i in (apart if held_out else others))
     ]

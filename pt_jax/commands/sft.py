@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from pt_jax import weights
-from pt_jax.commands import common
+from pt_jax.commands import common, runs
 from pt_jax.data import batches, encode
 from pt_jax.recipes import sft as recipe
 
@@ -26,12 +26,12 @@ class SFT(common.Training):
     max_length: int | None = None
 
 
-def run(options: SFT, tracker, stage: str = "sft") -> dict:
+def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
     """Trains and saves.
 
     Args:
       options: the command's.
-      tracker: for metrics and progress.
+      tracker: for metrics and progress; when None, a new one that logs into the folder at ``out``.
       stage: name of the stage in both.
 
     Returns:
@@ -49,7 +49,7 @@ def run(options: SFT, tracker, stage: str = "sft") -> dict:
         chosen = [examples[i] for i in fit.rows_of_step(step)]
         return recipe.make_batch(chosen, pad_token=model.pad_token, weigh=MEANS[options.mean], length=length)
 
-    with tracker.stage(stage, fit.steps) as on:
+    with runs.stage(options, stage, fit.steps, tracker) as (_, on):
         fit.run(batch_of_step, on.step)
     fit.save()
     return on.latest

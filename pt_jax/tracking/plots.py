@@ -42,7 +42,7 @@ PANELS = {
         Panel("DPO: log-probability", "dpo", ("logps/chosen", "logps/rejected"), "nats / answer"),
     ),
     "grpo": (
-        Panel("GRPO: reward and held-out accuracy", "grpo", ("reward", "eval/accuracy"), "mean"),
+        Panel("GRPO: reward and held-out accuracy", "grpo", ("reward", "eval_reward"), "mean"),
         Panel("GRPO: distance from the reference", "grpo", ("kl",), "nats / token"),
         Panel("GRPO: entropy", "grpo", ("entropy",), "nats / token"),
         Panel("GRPO: clipped tokens", "grpo", ("clip_ratio/low_mean", "clip_ratio/high_mean"), "share"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pt_jax.tracking import lines
 
 # Which metrics are shown when there are more than fit: these first, in this order.
-SHOW = ("loss", "reward", "rewards/margins", "rewards/accuracies", "eval/accuracy", "accuracy", "kl", "entropy")
+SHOW = ("loss", "reward", "rewards/margins", "rewards/accuracies", "eval_reward", "accuracy", "kl", "entropy")
 _MARKS = 4096
 
 

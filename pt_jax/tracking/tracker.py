@@ -13,6 +13,7 @@ class Tracker:
 
     def __init__(self, progress=None, log=None):
         self.progress, self.log = progress, log
+        self.warnings: list[str] = []
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int):
@@ -20,6 +21,11 @@ class Tracker:
         shown = self.progress.stage(name, total) if self.progress else contextlib.nullcontext()
         with shown as bar:
             yield TrackedStage(name, bar, self.log)
+
+    def warn(self, sentence: str) -> None:
+        """Prints a warning above the live lines, and keeps it in ``warnings`` for a report at the end."""
+        self.warnings.append(sentence)
+        self.print(f"[yellow]Warning:[/yellow] {sentence}")
 
     def print(self, *objects, **options) -> None:
         """Prints above the live lines; without a progress, nowhere."""
@@ -32,6 +38,7 @@ class TrackedStage:
 
     def __init__(self, name, bar, log):
         self.name, self._bar, self._log = name, bar, log
+        self.latest: dict = {}  # the metrics of the last step that had any
 
     def step(self, step: int, metrics=None) -> None:
         """``step`` steps are done.
@@ -46,6 +53,7 @@ class TrackedStage:
         metrics = metrics or {}
         if taken := {"step", "stage"} & metrics.keys():
             raise ValueError(f"metrics has {sorted(taken)}, which every line has already; rename them")
+        self.latest = dict(metrics) or self.latest
         if self._log and metrics:
             self._log.log(step, self.name, **metrics)
         if self._bar:

@@ -100,9 +100,9 @@ def test_the_same_step_again_brings_metrics_and_no_progress(clock):
     stage = Stage("sft", 10, clock, lambda *_: None)
     walk(clock, stage, 3, 1.0, loss=2.0)
     clock.now += 5
-    stage.reach(3, **{"eval/accuracy": 0.5})
+    stage.reach(3, **{"eval_reward": 0.5})
     assert stage.done == 3 and stage.rate() == pytest.approx(1.0)
-    assert stage.metrics == {"loss": 2.0, "eval/accuracy": 0.5}
+    assert stage.metrics == {"loss": 2.0, "eval_reward": 0.5}
 
 
 def test_time_left_of_all_scales_the_guesses_by_what_was_measured(out, clock):

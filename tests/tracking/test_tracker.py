@@ -20,13 +20,13 @@ def test_a_step_is_written_and_shown(tmp_path):
         with tracker.stage("sft", 4) as stage:
             stage.step(1)  # nothing was fetched: nothing is written
             stage.step(2, {"loss": 1.5, "rewards/margins": 0.25})
-            stage.step(2, {"eval/accuracy": 0.5})
+            stage.step(2, {"eval_reward": 0.5})
         tracker.print("after")
     assert read(tmp_path / "m.jsonl") == [
         {"stage": "sft", "step": 2, "loss": 1.5, "rewards/margins": 0.25},
-        {"stage": "sft", "step": 2, "eval/accuracy": 0.5},
+        {"stage": "sft", "step": 2, "eval_reward": 0.5},
     ]
-    assert "sft  2/4" in out.getvalue() and "rewards/margins 0.25  eval/accuracy 0.5\nafter" in out.getvalue()
+    assert "sft  2/4" in out.getvalue() and "rewards/margins 0.25  eval_reward 0.5\nafter" in out.getvalue()
 
 
 def test_without_progress_it_writes_and_without_a_file_it_shows(tmp_path):

@@ -1,0 +1,80 @@
+"""``pt-jax <command>``: a record of options becomes the flags of a command."""
+
+import functools
+import operator
+import os
+import sys
+from typing import Annotated
+
+
+def main(argv=None) -> int:
+    """Runs a command.
+
+    Bad input ends in one sentence on standard error and the exit code 2; an interruption in 130. Everything else that
+    goes wrong is a bug of this project or of the machine, and keeps its traceback.
+
+    Args:
+      argv: the words after ``pt-jax``; those of the process when None.
+
+    Returns:
+      The exit code.
+    """
+    # transformers says on standard error that there is no torch; there is not meant to be
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import tyro
+
+    from pt_jax.commands import dpo, grpo, quickstart, sft, talk
+
+    commands = {
+        "quickstart": (quickstart.Quickstart, quickstart.run),
+        "sft": (sft.SFT, trained(sft.run)),
+        "dpo": (dpo.DPO, trained(dpo.run)),
+        "grpo": (grpo.GRPO, trained(grpo.run)),
+        "generate": (talk.Generate, generated(talk.generate)),
+        "chat": (talk.Chat, talk.chat),
+    }
+    named = (Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in commands.items())
+    either = tyro.conf.OmitSubcommandPrefixes[functools.reduce(operator.or_, named)]
+    options = tyro.cli(either, prog="pt-jax", args=argv, description="Post-training of language models in pure JAX.")
+    try:
+        next(run for kind, run in commands.values() if type(options) is kind)(options)
+    except KeyboardInterrupt:
+        print("pt-jax: stopped; the folder at --out holds the metrics so far, but no model", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError) as e:
+        if not _raised_here(e):
+            raise
+        print(f"pt-jax: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def trained(run):
+    """A training command that says at the end where its model is."""
+
+    def command(options):
+        run(options)
+        print(f"Saved {options.out}. Go on with: pt-jax chat {options.out}")
+
+    return command
+
+
+def generated(run):
+    """A command that prints the texts it returns."""
+
+    def command(options):
+        print("\n\n".join(run(options)))
+
+    return command
+
+
+def _raised_here(error) -> bool:
+    """Whether this project raised it, with a sentence for the user; a library's errors are not for them."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "").startswith("pt_jax.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
