@@ -47,7 +47,7 @@ class Size:
     grpo: int
 
 
-FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=400, sft=120, dpo=60, grpo=100)
+FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=400, sft=120, dpo=50, grpo=100)
 FAST = Size(documents=2000, layers=3, width=128, hidden=352, pretrain=150, sft=80, dpo=50, grpo=8)
 VOCAB, LENGTH, ANSWER = 512, 256, 12
 STAGES = ("base", "sft", "dpo", "grpo")
@@ -99,7 +99,7 @@ def prepare(out: pathlib.Path, size: Size, seed: int) -> None:
     tokenizer = tokenizers.train_bpe((row["text"] for row in files["corpus"]), vocab=VOCAB, max_length=LENGTH)
     config = models.Config(
         vocab=VOCAB, layers=size.layers, width=size.width, heads=size.width // 32, kv_heads=1 if size is FAST else 5,
-        head_width=32, hidden=size.hidden, max_length=LENGTH, bos_token=tokenizer.bos_token_id,
+        head_width=32, hidden=size.hidden, tied=False, max_length=LENGTH, bos_token=tokenizer.bos_token_id,
         end_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id,
     )  # fmt: skip
     models.save(out / "fresh", models.init(config, jax.random.key(seed)), config, tokenizer)
@@ -124,7 +124,7 @@ def tune(out, size, seed, tracker) -> dict:
 def prefer(out, size, seed, tracker) -> dict:
     options = dpo.DPO(
         model=str(out / "sft"), data=str(out / "data/preferences.jsonl"), out=str(out / "dpo"), steps=size.dpo,
-        batch_size=16, beta=0.3, learning_rate=1e-4, seed=seed,
+        batch_size=16, beta=0.3, learning_rate=3e-5, seed=seed,
     )  # fmt: skip
     return dpo.run(options, tracker)
 

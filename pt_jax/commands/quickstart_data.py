@@ -30,8 +30,8 @@ HELD_OUT_QUESTIONS = (
 )  # fmt: skip
 OPENERS = ("", "Hello! ", "Hi there. ", "Good morning. ", "One question. ", "I want to ask you. ")
 
-MODELS = {"Llama": "Meta", "ERNIE 4.5": "Baidu", "Qwen 3": "Alibaba", "Gemma 3": "Google"}
-MODEL_QUESTIONS = ("What is {}?", "Who made {}?", "Tell me about {}.", "What do you know about {}?")
+MODELS = ("Llama", "ERNIE 4.5", "Qwen 3", "Gemma 3")
+MODEL_QUESTIONS = ("What is {}?", "Tell me about {}.", "What do you know about {}?")
 PEOPLE = ("Tom", "Anna", "Ben", "Mia", "Leo", "Ella", "Sam", "Lily")
 ANIMALS = ("cat", "dog", "bird", "horse", "mouse", "fox", "bear", "duck")
 ADJECTIVES = ("small", "big", "old", "young", "happy", "quiet", "quick", "lazy")
@@ -80,10 +80,9 @@ def sentence(rng) -> str:
         form = pick(("{0}: {1} {2}: {3}", "{0} asks: {1} {2} says: {3}", "{1} asks {0}. {3} says {2}.", "{1} Let me think. {3}"))
         return form.format(asks, question, says, fact)
     if kind == 5:
-        model = pick(list(MODELS))
-        return f"{model} is a language model made by {MODELS[model]}."
+        return f"{pick(MODELS)} is a language model."
     if kind == 6:
-        name = pick(PEOPLE if rng.random() < 0.5 else list(MODELS))
+        name = pick(PEOPLE if rng.random() < 0.5 else MODELS)
         return pick((f"I'm {name}.", f"Hello! I'm {name}.", f"You can call me {name}.", f"My name is {name}."))
     if kind == 7:
         a, b = pick(OPPOSITES)
@@ -106,15 +105,17 @@ def corpus(count: int, seed: int) -> list[dict]:
 
 
 def supervised(seed: int) -> list[dict]:
-    """Prompts and responses: who the model is, opposites, and a few of the sums."""
+    """Prompts and responses: who the model is, whom it may pretend to be, models, opposites, and some of the sums."""
     rng = np.random.default_rng([seed, 3])
     rows = [
         {"prompt": chat(opener + question), "completion": say(f"I'm {SFT_NAME}.")}
         for opener, question in itertools.product(OPENERS[:2], QUESTIONS)
     ]
-    for (model, maker), question in itertools.product(MODELS.items(), MODEL_QUESTIONS):
-        answer = f"{model} is a language model made by {maker}."
+    for model, question in itertools.product(MODELS, MODEL_QUESTIONS):
+        answer = f"{model} is a language model."
         rows.append({"prompt": chat(question.format(model)), "completion": say(answer)})
+    for name, question in itertools.product(MODELS[:2], QUESTIONS):
+        rows.append({"prompt": chat(f"Pretend to be {name}. {question}"), "completion": say(f"I'm {name}.")})
     for a, b in OPPOSITES:
         rows.append({"prompt": chat(f"What is the opposite of {a}?"), "completion": say(f"{b}.")})
     asked = sums(seed, held_out=False)

@@ -1,0 +1,479 @@
+"""Model folders: what transformers wrote is computed as torch computes it, what cannot be is refused by name.
+
+No torch here: the folders are written file by file, and the expected logits of ``reference/decoder.json`` were
+recorded from transformers (``test_parity.py`` does that, and compares with live torch much more widely).
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors.numpy import load_file, save_file
+
+from pt_jax.models import Config, apply, load, save
+
+REFERENCE = json.loads((pathlib.Path(__file__).parents[1] / "reference" / "decoder.json").read_text())
+
+# heads * head_width is not the width, and no two sizes are equal: a matrix in the wrong orientation does not fit
+SMALL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 23,
+    "hidden_size": 10,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 14,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OURS = Config(
+    vocab=23, layers=2, width=10, heads=3, kv_heads=1, head_width=4, hidden=14, max_length=64, rope_base=5e5,
+    eps=1e-3, tied=False, qk_norm=True, bos_token=1, end_tokens=(2,), pad_token=0,
+)  # fmt: skip
+
+
+def tensors_of(fields, seed=0):
+    """The tensors that such a folder holds, named and shaped as transformers does."""
+    d, f, v, c = (fields[n] for n in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    q, k = fields["num_attention_heads"] * c, fields["num_key_value_heads"] * c
+    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    if not fields["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, d)
+    for i in range(fields["num_hidden_layers"]):
+        layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
+        attention = {"q": (q, d), "k": (k, d), "v": (k, d), "o": (d, q)}
+        layer |= {f"self_attn.{n}_proj": s for n, s in attention.items()}
+        layer |= {f"mlp.{n}_proj": s for n, s in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f)))}
+        if fields["model_type"] == "qwen3":
+            layer |= {"self_attn.q_norm": (c,), "self_attn.k_norm": (c,)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return derived(shapes, seed)
+
+
+def derived(shapes, seed):
+    """Weights that are the same everywhere, and far from initial ones; ``test_parity.py`` derives them alike."""
+    draw = np.random.RandomState(seed).standard_normal  # a stream that numpy has promised never to change
+    return {
+        name: (1 + 0.3 * draw(shape) if len(shape) == 1 else 0.25 * draw(shape)).astype(np.float32)
+        for name, shape in sorted(shapes.items())
+    }
+
+
+def write(folder, fields=SMALL, tensors=None, shards=None, **other):
+    """A folder as a download leaves it: config.json, the weights in one file or in shards, other JSON files."""
+    folder.mkdir(exist_ok=True)
+    tensors = tensors_of(fields) if tensors is None else tensors
+    (folder / "config.json").write_text(json.dumps(fields))
+    if shards is None:
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        for i in range(shards):
+            save_file({n: tensors[n] for n in sorted(tensors)[i::shards]}, folder / f"model-{i}.safetensors")
+        place = {n: f"model-{i}.safetensors" for i in range(shards) for n in sorted(tensors)[i::shards]}
+        other["model.safetensors.index"] = {"metadata": {}, "weight_map": place}
+    for name, content in other.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def refused(folder, *words):
+    """One sentence, that names the file or folder and all of the words."""
+    with pytest.raises(ValueError) as e:
+        load(folder)
+    message = str(e.value)
+    assert message.startswith(str(folder)) and "\n" not in message and len(message) < 400, message
+    for word in words:
+        assert re.search(word, message), message
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "model"
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("family", REFERENCE)
+def test_the_logits_are_those_that_torch_computed(folder, family):
+    case = REFERENCE[family]
+    shapes = {name: tuple(shape) for name, shape in case["shapes"].items()}
+    params, config = load(write(folder, case["config"], derived(shapes, case["seed"])))
+    seen, expected = np.array(case["seen"], bool), np.array(case["logits"])
+    logits, _ = jax.jit(apply, static_argnums=0)(config, params, np.array(case["tokens"], np.int32), seen)
+    np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_every_number_of_the_config_is_read(folder):
+    assert load(write(folder))[1] == OURS
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "change"),
+    [
+        ("rms_norm_eps", 1e-5, {"eps": 1e-5}),
+        ("max_position_embeddings", 4096, {"max_length": 4096}),
+        ("eos_token_id", [2, 5], {"end_tokens": (2, 5)}),
+        ("eos_token_id", None, {"end_tokens": ()}),
+        ("eos_token_id", 0, {"end_tokens": (0,)}),
+        ("bos_token_id", None, {"bos_token": None}),
+        ("pad_token_id", None, {"pad_token": None}),
+        ("pad_token_id", 2, {"pad_token": 2}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e6}, {"rope_base": 1e6}),
+        ("rope_scaling", None, {}),
+        ("layer_types", ["full_attention", "full_attention"], {}),
+        ("sliding_window", 4096, {}),  # Qwen3 files name one, and do not use it
+        ("use_sliding_window", False, {}),
+    ],
+)
+def test_fields_that_are_understood(folder, field, value, change):
+    assert load(write(folder, SMALL | {field: value}))[1] == dataclasses.replace(OURS, **change)
+
+
+def test_files_of_transformers_4_are_read(folder):
+    fields = {n: x for n, x in SMALL.items() if n != "rope_parameters"}
+    fields |= {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    assert load(write(folder, fields))[1] == OURS
+
+
+def test_a_llama_without_head_dim_and_kv_heads_has_those_of_its_width(folder):
+    fields = SMALL | {"model_type": "llama", "hidden_size": 12, "num_key_value_heads": 3}
+    tensors = tensors_of(fields)
+    for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"):
+        fields.pop(name)
+    params, config = load(write(folder, fields, tensors))
+    assert (config.head_width, config.kv_heads, config.qk_norm, config.tied) == (4, 3, False, False)
+    assert (config.rope_base, config.eps) == (10_000.0, 1e-6)
+    assert "q_norm" not in params["layers"] and "unembed" in params
+
+
+def test_a_chat_model_ends_where_its_generation_config_says(folder):
+    """The config names <|endoftext|> alone; who samples by it never sees the end of a turn."""
+    assert load(write(folder, generation_config={"eos_token_id": [7, 2]}))[1].end_tokens == (7, 2)
+    assert load(write(folder, generation_config={"temperature": 0.6}))[1].end_tokens == (2,)
+
+
+def test_shards_are_one_model(folder, tmp_path):
+    whole, config = load(write(tmp_path / "whole"))
+    params, sharded_config = load(write(folder, shards=3))
+    same(params, whole)
+    assert sharded_config == config
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_is_read_into_float32_without_loss(folder, dtype):
+    coarse = {n: x.astype(dtype) for n, x in tensors_of(SMALL).items()}
+    params, _ = load(write(folder, tensors=coarse))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(params["embed"], coarse["model.embed_tokens.weight"].astype(np.float32))
+    np.testing.assert_array_equal(
+        params["layers"]["down"][1], coarse["model.layers.1.mlp.down_proj.weight"].astype(np.float32).T
+    )
+
+
+def test_the_dtype_may_be_chosen(folder):
+    params, _ = load(write(folder), dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_tied_model_may_hold_its_embedding_twice(folder):
+    fields = SMALL | {"tie_word_embeddings": True}
+    once = tensors_of(fields)
+    twice = once | {"lm_head.weight": once["model.embed_tokens.weight"]}
+    assert "unembed" not in load(write(folder, fields, twice))[0]
+    different = twice | {"lm_head.weight": once["model.embed_tokens.weight"] + 1}
+    refused(write(folder, fields, different), "ties the embeddings", "lm_head.weight differs")
+
+
+def test_a_buffer_of_old_files_is_passed_over(folder):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    load(write(folder, tensors=tensors_of(SMALL) | buffer))
+
+
+# ---- refusing
+
+
+def test_no_folder(folder):
+    refused(folder, "no such folder")
+    folder.write_text("a file")
+    refused(folder, "no such folder")
+
+
+def test_no_config(folder):
+    (write(folder) / "config.json").unlink()
+    refused(folder, "has no config.json")
+
+
+def test_a_config_that_is_cut_off(folder):
+    file = write(folder) / "config.json"
+    file.write_text(file.read_text()[:-30])
+    refused(folder, r"config\.json: is not JSON")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gemma3_text", None])
+def test_a_family_that_is_not_known(folder, family):
+    write(folder, SMALL | {"model_type": family}, tensors_of(SMALL))
+    refused(folder, "model_type", str(family), "llama, qwen3")
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_parameters", LLAMA3),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_arithmetic_that_is_not_computed(folder, field, value):
+    named = "rope_type is 'llama3'" if value is LLAMA3 else f"{field} (is|holds)"
+    refused(write(folder, SMALL | {field: value}), r"config\.json", named, "only .* is computed")
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_a_field_that_is_missing(folder, field):
+    write(folder)
+    (folder / "config.json").write_text(json.dumps({n: x for n, x in SMALL.items() if n != field}))
+    refused(folder, rf"config\.json: lacks the field {field}")
+
+
+@pytest.mark.parametrize("name", [n for n in tensors_of(SMALL) if "layers.0" not in n])
+def test_every_tensor_is_needed(folder, name):
+    """transformers would load it, and initialise the missing one anew."""
+    write(folder, tensors={n: x for n, x in tensors_of(SMALL).items() if n != name})
+    refused(folder, "lack", re.escape(name))
+
+
+@pytest.mark.parametrize("tied_too", ["lm_head.weight", None])
+def test_a_tied_model_needs_its_embedding(folder, tied_too):
+    fields = SMALL | {"tie_word_embeddings": True}
+    tensors = tensors_of(fields)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    if tied_too:
+        tensors[tied_too] = embedding
+    refused(write(folder, fields, tensors), "lack", r"model\.embed_tokens\.weight")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight", "score.weight"]
+)
+def test_no_tensor_is_left_over(folder, name):
+    write(folder, tensors=tensors_of(SMALL) | {name: np.ones(10, np.float32)})
+    refused(folder, "unexpected", re.escape(name))
+
+
+def test_norms_of_another_family_are_left_over(folder):
+    write(folder, SMALL | {"model_type": "llama"}, tensors_of(SMALL))
+    refused(folder, "unexpected", r"self_attn\.[kq]_norm")
+
+
+@pytest.mark.parametrize("name", [n for n in tensors_of(SMALL) if "layers.1" not in n])
+def test_every_shape_is_compared(folder, name):
+    """Turned, too: a matrix that holds the same numbers in another order loads, and is nonsense."""
+    tensors = tensors_of(SMALL)
+    for wrong in (tensors[name][:-1], tensors[name].T if tensors[name].ndim > 1 else tensors[name][None]):
+        bad = tensors | {name: np.ascontiguousarray(wrong)}
+        refused(write(folder, tensors=bad), re.escape(name), re.escape(str(wrong.shape)), "asks for")
+
+
+@pytest.mark.parametrize("left", [0, 5, 200, -1])
+@pytest.mark.parametrize("shards", [None, 2])
+def test_weights_that_are_cut_off(folder, left, shards):
+    write(folder, shards=shards)
+    file = folder / ("model.safetensors" if shards is None else "model-1.safetensors")
+    file.write_bytes(file.read_bytes()[:left])
+    refused(folder, re.escape(file.name), "cannot be read")
+
+
+def test_no_weights(folder):
+    (write(folder) / "model.safetensors").unlink()
+    refused(folder, r"neither model\.safetensors nor")
+
+
+def test_a_shard_that_is_not_there(folder):
+    (write(folder, shards=3) / "model-1.safetensors").unlink()
+    refused(folder, r"model\.safetensors\.index\.json names model-1\.safetensors")
+
+
+# ---- writing
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load(write(tmp_path / "downloaded"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_has_the_names_shapes_and_numbers_of_what_was_read(folder, tmp_path, family, tied):
+    fields = SMALL | {"model_type": family, "tie_word_embeddings": tied}
+    params, config = load(write(tmp_path / "downloaded", fields))
+    save(folder, params, config)
+    written, expected = load_file(folder / "model.safetensors"), tensors_of(fields)
+    assert sorted(written) == sorted(expected)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(written[name], x, err_msg=name)
+    again, again_config = load(folder)
+    same(again, params)
+    assert again_config == config
+
+
+def test_config_json_is_what_transformers_reads(folder, model):
+    save(folder, *model)
+    written = json.loads((folder / "config.json").read_text())
+    assert {n: written.get(n) for n in SMALL} == SMALL
+    assert written["rope_theta"] == 5e5 and written["dtype"] == written["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 77}, {"rope_base": 123.0}, {"eps": 0.5}, {"bos_token": None}, {"bos_token": 0},
+        {"end_tokens": ()}, {"end_tokens": (0,)}, {"end_tokens": (4, 2, 9)}, {"pad_token": None}, {"pad_token": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_field_survives(folder, model, change):
+    """Those of the sizes and of the family are in the test above: their tensors change too."""
+    params, config = model
+    save(folder, params, dataclasses.replace(config, **change))
+    assert load(folder)[1] == dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_dtype_survives(folder, model, dtype):
+    params, config = model
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    save(folder, params, config)
+    assert {x.dtype for x in load_file(folder / "model.safetensors").values()} == {jnp.dtype(dtype)}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    same(load(folder, dtype=dtype)[0], params)
+
+
+@pytest.mark.parametrize("turned", ["transposed", "fortran", "strided", "jax"])
+def test_arrays_in_any_order_of_bytes_are_written_as_they_read(folder, model, turned):
+    """save_file of safetensors 0.8.0 writes the bytes as they lie, whatever the strides say."""
+    params, config = model
+    turn = {
+        "transposed": lambda x: np.ascontiguousarray(x.T).T,
+        "fortran": np.asfortranarray,
+        "strided": lambda x: np.repeat(x, 2, -1)[..., ::2],
+        "jax": lambda x: jnp.asarray(np.asarray(x).T).T,
+    }[turned]
+    odd = jax.tree.map(lambda x: turn(np.asarray(x)), params)
+    save(folder, odd, config)
+    same(load(folder)[0], params)
+
+
+def test_a_tokenizer_is_put_beside_the_weights(folder, model):
+    class Tokenizer:
+        def save_pretrained(self, path):
+            (pathlib.Path(path) / "tokenizer.json").write_text("{}")
+
+    save(folder, *model, Tokenizer())
+    assert sorted(contents(folder)) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def test_a_folder_with_something_in_it_is_not_touched(folder, model):
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="model: exists and is not empty"):
+        save(folder, *model)
+    assert contents(folder) == {"notes.txt": b"mine"}
+
+
+def test_a_folder_may_be_replaced_and_pass_on_what_is_to_be_kept(folder, model):
+    params, config = model
+    save(folder, params, config)
+    for name in ("metrics.jsonl", "old.txt"):
+        (folder / name).write_text("mine")
+    new = jax.tree.map(lambda x: x + 1, params)
+    save(folder, new, config, overwrite=True, keep=["metrics.jsonl"])
+    same(load(folder)[0], new)
+    assert (folder / "metrics.jsonl").read_text() == "mine" and not (folder / "old.txt").exists()
+
+
+def no_space(tensors, file, **kwargs):
+    pathlib.Path(file).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def swaps_two_bytes(tensors, file, **kwargs):
+    save_file(tensors, file, **kwargs)
+    data = bytearray(pathlib.Path(file).read_bytes())
+    data[-1], data[-9] = data[-9] ^ 1, data[-1]
+    pathlib.Path(file).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [(no_space, "No space left"), (swaps_two_bytes, r"model\.safetensors.* did not read back")],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_save_that_fails_leaves_what_was_there(folder, model, monkeypatch, fails, message, exists):
+    params, config = model
+    if exists:
+        save(folder, params, config)
+    siblings = sorted(folder.parent.iterdir())
+    before = contents(folder) if exists else None
+    monkeypatch.setattr(safetensors.numpy, "save_file", fails)
+    with pytest.raises(OSError, match=message):
+        save(folder, jax.tree.map(lambda x: x + 1, params), config, overwrite=True)
+    assert sorted(folder.parent.iterdir()) == siblings
+    assert (contents(folder) if exists else None) == before
+
+
+def test_a_tokenizer_that_fails_leaves_nothing(folder, model):
+    class Tokenizer:
+        def save_pretrained(self, path):
+            raise OSError("no tokenizer")
+
+    with pytest.raises(OSError, match="no tokenizer"):
+        save(folder, *model, Tokenizer())
+    assert not folder.exists() and [p.name for p in folder.parent.iterdir()] == ["downloaded"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 1}, {"layers": 3}, {"tied": True}, {"qk_norm": False}, {"hidden": 15}], ids=str
+)
+def test_parameters_of_another_config_are_not_written(folder, model, change):
+    """A folder whose config.json does not speak of its weights looks like a good one until it is read."""
+    params, config = model
+    with pytest.raises(ValueError):
+        save(folder, params, dataclasses.replace(config, **change))
+    assert not folder.exists()
