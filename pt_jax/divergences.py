@@ -40,7 +40,7 @@ def k1(logps, ref_logps, mask):
     >>> print(k1(logps, ref_logps, mask == 0).round(4))  # log 2, 0
     [[0.6931 0.    ]]
     """
-    return -_gap(logps, ref_logps, mask)
+    return 0 - _gap(logps, ref_logps, mask)
 
 
 def k2(logps, ref_logps, mask):

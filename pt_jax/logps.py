@@ -57,10 +57,8 @@ def token_entropies(logits):
     """
     checks.shapes(logits=(logits, "B T V"))
     logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    # 0 log 0 is 0; the inner where keeps the gradient of a forbidden token at 0 as well
-    logps = jnp.where(jnp.isneginf(logps), 0.0, logps)
-    probabilities = jnp.where(jnp.isneginf(logits[:, :-1]), 0.0, jnp.exp(logps))
-    return _align(-jnp.sum(probabilities * logps, -1))
+    # 0 log 0 is 0: a forbidden token adds exp(-inf) * 0, and its gradient is 0 as well
+    return _align(-jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), -1))
 
 
 def top_1_hits(logits, tokens):

@@ -19,7 +19,7 @@ def rows_of_step(count: int, batch: int, step: int, *, seed: int) -> np.ndarray:
       seed: of the order.
 
     >>> [rows_of_step(4, 3, step, seed=0).tolist() for step in range(4)]  # three epochs of four rows
-    [[2, 0, 1], [3, 0, 3], [1, 2, 1], [3, 0, 2]]
+    [[2, 0, 1], [3, 3, 0], [2, 1, 2], [1, 0, 3]]
     """
     if count < 1 or batch < 1:
         raise ValueError(f"a batch of {batch} rows cannot be taken from {count}")

@@ -1,19 +1,23 @@
 """The clipped surrogate of PPO and GRPO."""
 
+import jax
 import jax.numpy as jnp
 
 from pt_jax import checks, weights
 
 
-def _ratio(logps, old_logps, advantages, mask):
+def _log_ratio(logps, old_logps, advantages, mask, clip_low, clip_high):
+    """log(p / p_old) and the advantages, both 0 where not scored, after the checks."""
     checks.shapes(
         logps=(logps, "B T"),
         old_logps=(old_logps, "B T"),
         advantages=(advantages, "B T"),
         mask=(mask, "B T"),
     )
+    checks.between("clip_low", clip_low, 0.0, 1.0)
+    checks.between("clip_high", clip_high, 0.0, float("inf"))
     logps, old_logps, advantages = weights.zero_unscored(mask, logps, old_logps, advantages)
-    return jnp.exp(logps - old_logps), advantages
+    return logps - jax.lax.stop_gradient(old_logps), jax.lax.stop_gradient(advantages)
 
 
 def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
@@ -22,13 +26,16 @@ def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_
         ratio = exp(logps - old_logps)
         loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
 
+    which is -min(ratio, 1 + clip_high) A for A >= 0 and -max(ratio, 1 - clip_low) A for A < 0; it is coded so, with
+    the bounds taken of the logarithm, because a ratio that overflows would otherwise turn a gradient of 0 into NaN.
+
     Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7; clip_high > clip_low is the "clip-higher" of
     Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 10.
 
     Args:
       logps: [B, T] of the tokens under the policy being trained, in nats.
-      old_logps: [B, T] under the policy that sampled them; a constant.
-      advantages: [B, T], the same number over a row in GRPO.
+      old_logps: [B, T] under the policy that sampled them; no gradient flows into it.
+      advantages: [B, T], the same number over a row in GRPO; no gradient flows into it.
       mask: [B, T] bool, the scored tokens.
       clip_low: in [0, 1), how far below 1 the ratio may earn.
       clip_high: >= 0, how far above 1.
@@ -41,14 +48,13 @@ def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_
       ValueError: the shapes disagree, or a number is out of range.
 
     >>> ratio, A = jnp.array([[1.5, 0.5, 1.5]]), jnp.array([[1.0, 1.0, -1.0]])
-    >>> print(clipped_surrogate(jnp.log(ratio), jnp.zeros((1, 3)), A, jnp.ones((1, 3), bool)).round(4))
-    [[-1.2 -0.5  1.5]]
+    >>> print(clipped_surrogate(jnp.log(ratio), jnp.zeros((1, 3)), A, jnp.ones((1, 3), bool)))
+    [[-1.2 -0.5 1.5]]
     """
-    checks.between("clip_low", clip_low, 0.0, 1.0)
-    checks.between("clip_high", clip_high, 0.0, float("inf"))
-    ratio, advantages = _ratio(logps, old_logps, advantages, mask)
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    log_ratio, advantages = _log_ratio(logps, old_logps, advantages, mask, clip_low, clip_high)
+    from_above = jnp.minimum(log_ratio, jnp.log1p(clip_high))
+    from_below = jnp.maximum(log_ratio, jnp.log1p(-clip_low))
+    return -jnp.exp(jnp.where(advantages >= 0, from_above, from_below)) * advantages
 
 
 def clip_indicators(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
@@ -62,7 +68,7 @@ def clip_indicators(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_hi
     >>> print(low, high)
     [[0. 0. 1.]] [[1. 0. 0.]]
     """
-    ratio, advantages = _ratio(logps, old_logps, advantages, mask)
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    log_ratio, advantages = _log_ratio(logps, old_logps, advantages, mask, clip_low, clip_high)
+    low = (log_ratio < jnp.log1p(-clip_low)) & (advantages < 0)
+    high = (log_ratio > jnp.log1p(clip_high)) & (advantages > 0)
     return low.astype(jnp.float32), high.astype(jnp.float32)

@@ -71,7 +71,7 @@ def transform(logits, how: Sampling):
     """
     how.check()
     logits = logits.astype(jnp.float32)
-    likeliest = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1, keepdims=True)
+    likeliest = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool)
     cold = jnp.asarray(how.temperature) == 0
     scaled = logits / jnp.where(cold, 1.0, how.temperature)
     keep = likeliest | ~cold

@@ -50,7 +50,9 @@ def probabilities(logits, how):
 
 GRID = [
     {k: v for k, v in zip(("temperature", "top_k", "top_p", "min_p"), values) if v is not None}
-    for values in itertools.product((1.0, 0.3, 2.5), (None, 1, 4, 50), (None, 0.05, 0.6, 1.0), (None, 0.0, 0.2, 1.0))
+    for values in itertools.product(
+        (1.0, 0.3, 2.5), (None, 1, 4, 50), (None, 0.05, 0.6, 1.0), (None, 0.0, 0.2, 1.0)
+    )
 ]
 
 
@@ -79,10 +81,9 @@ def test_limits_that_limit_nothing_change_nothing():
 def test_the_temperature_comes_before_the_limits():
     """At 0.5 the first of (4, 3, 2, 1) squared has 16/30: alone it is enough for 0.5, and at 1 it is not."""
     logits = np.log(np.float32([4, 3, 2, 1]))
-    assert (probabilities(logits, Sampling(temperature=0.5, top_p=0.5)) > 0).tolist() == [True, False, False, False]
-    assert (probabilities(logits, Sampling(temperature=1.0, top_p=0.5)) > 0).tolist() == [True, True, False, False]
-    assert (probabilities(logits, Sampling(temperature=0.5, min_p=0.3)) > 0).tolist() == [True, True, False, False]
-    assert (probabilities(logits, Sampling(temperature=1.0, min_p=0.3)) > 0).tolist() == [True, True, True, False]
+    kept = lambda **how: int((probabilities(logits, Sampling(**how)) > 0).sum())
+    assert (kept(temperature=0.5, top_p=0.5), kept(temperature=1.0, top_p=0.5)) == (1, 2)
+    assert (kept(temperature=0.5, min_p=0.3), kept(temperature=1.0, min_p=0.3)) == (2, 3)
 
 
 @pytest.mark.parametrize("shape", [(V,), (2, V), (2, 3, V)])
@@ -105,7 +106,9 @@ def test_the_result_is_float32(dtype):
 # ---- temperature 0
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2, "top_p": 1.0, "min_p": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2, "top_p": 1.0, "min_p": 0.3}], ids=str
+)
 def test_temperature_0_is_the_likeliest_and_the_first_of_equals(limits):
     got = probabilities(LOGITS, Sampling(temperature=0.0, **limits))
     np.testing.assert_array_equal(got, np.eye(V)[LOGITS.argmax(-1)])
@@ -115,7 +118,7 @@ def test_temperature_0_is_the_likeliest_and_the_first_of_equals(limits):
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 0.7])
 def test_gradients_are_finite(temperature):
-    """Of the log-probability of what was drawn, in the logits and in the temperature: where-gradients hide NaNs."""
+    """Of the log-probability of what was drawn: a NaN on the side of a where that is not taken gets through here."""
     token = LOGITS.argmax(-1)[:, None]
 
     def nll(logits, t):
@@ -148,7 +151,8 @@ def test_another_number_is_not_another_program():
 
 def test_numbers_may_be_arrays():
     how = Sampling(jnp.float32(0.7), jnp.int32(3), jnp.float32(0.8), np.float32(0.1))
-    np.testing.assert_allclose(probabilities(LOGITS, how), probabilities(LOGITS, Sampling(0.7, 3, 0.8, 0.1)), rtol=1e-6)
+    plain = Sampling(0.7, 3, 0.8, 0.1)
+    np.testing.assert_allclose(probabilities(LOGITS, how), probabilities(LOGITS, plain), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,9 @@ def test_a_number_out_of_range_is_refused_by_name(name, value, expected):
         transform(jnp.asarray(LOGITS), Sampling(**{name: value}))
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}])
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}], ids=str
+)
 def test_the_ends_of_the_ranges_are_taken(how):
     assert np.isfinite(probabilities(LOGITS, Sampling(**how))).all()
 
@@ -232,8 +238,8 @@ def test_a_token_that_has_everything_is_drawn_always(monkeypatch, only):
 
 
 def test_rounding_does_not_draw_what_was_cut_off(monkeypatch):
-    """A parallel cumulative sum rounds every entry on a way of its own: over many tokens it rises, and falls, where
-    nothing was added. A mark that lies in such a step must not draw the token there, whose log-probability is -inf."""
+    """A parallel cumulative sum rounds every entry on a way of its own: over many tokens it rises, and falls,
+    where nothing was added. A mark in such a step must not draw the token there: its log-probability is -inf."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, 3000).astype(np.float32)
     logits[rng.random(3000) < 0.5] = -np.inf

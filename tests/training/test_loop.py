@@ -59,7 +59,7 @@ def test_metrics_are_fetched_once_an_interval(monkeypatch, steps, log_every, fet
     monkeypatch.setattr(jax, "device_get", counted)
     _, seen = fit(new_state(), steps, log_every=log_every)
     assert len(calls) == fetches
-    assert sum(calls, []) == [number for number, _ in seen] == [*range(1, steps + 1)]
+    assert [n for call in calls for n in call] == [number for number, _ in seen] == [*range(1, steps + 1)]
 
 
 def test_how_often_is_looked_changes_no_result():

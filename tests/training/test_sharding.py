@@ -22,6 +22,12 @@ def state():
     return jax.eval_shape(lambda key: start(models.init(CONFIG, key), key=key), jax.random.key(0))
 
 
+@pytest.fixture(scope="module")
+def params(state):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.params)
+
+
 def specs(tree):
     return jax.tree.map(lambda s: s.spec, tree)
 
@@ -67,10 +73,10 @@ def test_the_moments_lie_as_their_parameters_do_and_the_rest_is_everywhere(state
 
 
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.lion(1e-3), optax.adafactor(1e-3)])
-def test_the_state_of_any_optimiser_can_be_placed(optimizer):
+def test_the_state_of_any_optimiser_can_be_placed(optimizer, params):
     """Adafactor's moments have the names of their parameters and other shapes; they are whole where a row does not
     fit."""
-    state = jax.jit(lambda key: init_state(models.init(CONFIG, key), optimizer, key))(jax.random.key(0))
+    state = init_state(params, optimizer, jax.random.key(0))
     mesh = sharding.make_mesh(2, 2, 2)
     jax.block_until_ready(jax.device_put(state, sharding.by_name(state, mesh)))
 
@@ -79,8 +85,7 @@ def bytes_on(device, tree):
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
 
 
-def test_each_of_eight_devices_holds_an_eighth_of_the_weights():
-    params = models.init(CONFIG, jax.random.key(0))
+def test_each_of_eight_devices_holds_an_eighth_of_the_weights(params):
     params = jax.device_put(params, sharding.by_name(params, sharding.make_mesh(1, 8)))
     split = {name: x for name, x in (params | params["layers"]).items() if name in sharding.LAYOUT}
     assert len(split) == 9
@@ -91,14 +96,12 @@ def test_each_of_eight_devices_holds_an_eighth_of_the_weights():
     assert not any(x.is_fully_replicated for x in split.values())
 
 
-def test_data_parallel_devices_hold_every_weight():
-    params = models.init(CONFIG, jax.random.key(0))
+def test_data_parallel_devices_hold_every_weight(params):
     params = jax.device_put(params, sharding.by_name(params, sharding.make_mesh(8)))
     assert all(x.is_fully_replicated for x in jax.tree.leaves(params))
 
 
-def test_a_value_survives_being_placed():
-    params = models.init(CONFIG, jax.random.key(0))
+def test_a_value_survives_being_placed(params):
     placed = jax.device_put(params, sharding.by_name(params, sharding.make_mesh(2, 2, 2)))
     jax.tree.map(np.testing.assert_array_equal, placed, params)
 
@@ -116,7 +119,8 @@ def test_a_value_survives_being_placed():
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_named(mesh, tree, message):
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda s: isinstance(s, tuple))
+    is_shape = lambda s: isinstance(s, tuple)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
     with pytest.raises(ValueError, match=message):
         sharding.by_name(shapes, sharding.make_mesh(*mesh))
 
