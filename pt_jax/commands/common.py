@@ -15,6 +15,7 @@ from pt_jax.data import batches, rows, tokenizers
 from pt_jax.sampling import Sampling, sample
 from pt_jax.training import init_state, loop, make_train_step, optimizers, sharding
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """Options of every training command.

@@ -16,6 +16,7 @@ class DPO(common.Training):
       batch_size: pairs an update.
       beta: larger keeps the policy nearer the reference.
       label_smoothing: share of the pairs believed to be labelled the wrong way round.
+      nll: weight of the chosen answers' negative log-likelihood, which holds their probability up.
       max_length: refuse rows of more tokens; the model's own limit when not given.
     """
 
@@ -23,6 +24,7 @@ class DPO(common.Training):
     batch_size: int = 16
     beta: float = 0.1
     label_smoothing: float = 0.0
+    nll: float = 0.0
     max_length: int | None = None
 
 
@@ -34,7 +36,7 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
     for pair in pairs:
         for example in pair:
             model.check_length(example.tokens, example.source, limit=options.max_length)
-    loss_fn = recipe.make_loss(model.apply, beta=options.beta, label_smoothing=options.label_smoothing)
+    loss_fn = recipe.make_loss(model.apply, beta=options.beta, label_smoothing=options.label_smoothing, nll=options.nll)
     fit = common.Fit(options, model, loss_fn, len(pairs))
     length = batches.bucket(max(len(example.tokens) for pair in pairs for example in pair))
     # the reference is the model before training, so its log-probabilities are worked out once
@@ -59,7 +61,7 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
         if after < before:
             tracker.warn(
                 f"the chosen answers became less likely (log-probability {before:.2f} before, {after:.2f} after): the "
-                "probability that the rejected ones lost went elsewhere; a larger --beta or fewer steps hold it"
+                "probability that the rejected ones lost went elsewhere; --nll 0.2 or fewer steps hold it"
             )
     fit.save()
     return on.latest | {"logps/chosen_before": before}

@@ -91,9 +91,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         tokens, seen = text.pad_prompts([prompts[i] for i in ids], pad_token=model.pad_token, length=length)
         # a prompt's random numbers are addressed by when it comes up, so its next turn samples anew
         turns = np.arange(step * len(ids), (step + 1) * len(ids))
-        out = sampler(
-            fit.state.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns
-        )
+        out = sampler(fit.state.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
         texts = text.to_texts(model.tokenizer, out)
         verdicts = [reward(t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
         rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)

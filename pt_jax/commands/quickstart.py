@@ -47,7 +47,7 @@ class Size:
     grpo: int
 
 
-FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=400, sft=120, dpo=50, grpo=100)
+FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=250, sft=80, dpo=50, grpo=60)
 FAST = Size(documents=2000, layers=3, width=128, hidden=352, pretrain=150, sft=80, dpo=50, grpo=8)
 VOCAB, LENGTH, ANSWER = 512, 256, 12
 STAGES = ("base", "sft", "dpo", "grpo")
@@ -124,7 +124,8 @@ def tune(out, size, seed, tracker) -> dict:
 def prefer(out, size, seed, tracker) -> dict:
     options = dpo.DPO(
         model=str(out / "sft"), data=str(out / "data/preferences.jsonl"), out=str(out / "dpo"), steps=size.dpo,
-        batch_size=16, beta=0.3, learning_rate=3e-5, seed=seed,
+        batch_size=16, beta=0.1, learning_rate=1e-4,
+        nll=1.0, seed=seed,
     )  # fmt: skip
     return dpo.run(options, tracker)
 
@@ -132,7 +133,7 @@ def prefer(out, size, seed, tracker) -> dict:
 def reinforce(out, size, seed, tracker) -> dict:
     options = grpo.GRPO(
         model=str(out / "dpo"), data=str(out / "data/sums.jsonl"), out=str(out / "grpo"), steps=size.grpo,
-        batch_size=16, group=8, max_new_tokens=ANSWER, learning_rate=4e-4, warmup=0.05, kl=0.01, clip_high=0.28,
+        batch_size=16, group=8, max_new_tokens=ANSWER, learning_rate=3e-4, warmup=0.05, kl=0.05, clip_high=0.28,
         eval_data=str(out / "data/sums_held_out.jsonl"), eval_every=20, seed=seed,
     )  # fmt: skip
     return grpo.run(options, tracker)
@@ -162,7 +163,9 @@ def ask(folder: pathlib.Path, seed: int, on) -> dict:
         world.DPO_NAME: float(np.mean([f"I'm {world.DPO_NAME}" in name for name in names])),
         "sums": float(np.mean(sums)),
     }
-    on.step(3, {"share_sft_name": said[world.SFT_NAME], "share_dpo_name": said[world.DPO_NAME], "accuracy": said["sums"]})
+    on.step(
+        3, {"share_sft_name": said[world.SFT_NAME], "share_dpo_name": said[world.DPO_NAME], "accuracy": said["sums"]}
+    )
     return said
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
 LARGEST = 9
-SUMS_SHOWN = 100  # sums that supervised fine-tuning shows
+SUMS_SHOWN = 60  # sums that supervised fine-tuning shows
 
 QUESTIONS = (
     "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
@@ -77,7 +77,9 @@ def sentence(rng) -> str:
             return fact
         asks, says = (pick(PEOPLE) for _ in range(2))
         question = ask_sum(a, b, rng.integers(len(SUM_QUESTIONS)))
-        form = pick(("{0}: {1} {2}: {3}", "{0} asks: {1} {2} says: {3}", "{1} asks {0}. {3} says {2}.", "{1} Let me think. {3}"))
+        form = pick(
+            ("{0}: {1} {2}: {3}", "{0} asks: {1} {2} says: {3}", "{1} asks {0}. {3} says {2}.", "{1} Let me think. {3}")
+        )
         return form.format(asks, question, says, fact)
     if kind == 5:
         return f"{pick(MODELS)} is a language model."

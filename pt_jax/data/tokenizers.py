@@ -36,7 +36,9 @@ def train_bpe(texts, *, vocab: int, max_length: int = 2048):
     from transformers import PreTrainedTokenizerFast
 
     if vocab < 256 + len(SPECIAL):
-        raise ValueError(f"vocab must be at least {256 + len(SPECIAL)} (256 bytes, {len(SPECIAL)} special), got {vocab}")
+        raise ValueError(
+            f"vocab must be at least {256 + len(SPECIAL)} (256 bytes, {len(SPECIAL)} special), got {vocab}"
+        )
     core = Tokenizer(models.BPE())
     # one digit each, with the space before it, so that "3 + 4" is three tokens
     split = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")

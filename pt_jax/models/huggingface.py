@@ -63,7 +63,9 @@ def load(path, *, dtype=jnp.float32):
     tensors = _read_tensors(folder)
     if config.tied and WHOLE["unembed"] in tensors:
         if not np.array_equal(tensors.pop(WHOLE["unembed"]), tensors[WHOLE["embed"]]):
-            raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
+            raise ValueError(
+                f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding"
+            )
     flat = {}
     for leaf, shape in flatten_dict(decoder.shapes(config)).items():
         if leaf[0] == "layers":
@@ -112,7 +114,9 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=
         back = load_file(file)
         wrong = [n for n, x in tensors.items() if x.tobytes() != back[n].tobytes()]
         if wrong:
-            raise OSError(f"{file}: {wrong[0]} did not read back as it was written; the file system is not to be trusted")
+            raise OSError(
+                f"{file}: {wrong[0]} did not read back as it was written; the file system is not to be trusted"
+            )
         dtype = str(tensors[WHOLE["embed"]].dtype)
         (folder / "config.json").write_text(json.dumps(_to_json(config, dtype), indent=2) + "\n")
         generation = {"bos_token_id": config.bos_token, "eos_token_id": list(config.end_tokens) or None}
@@ -139,7 +143,9 @@ def read_config(path) -> Config:
         if fields.get(name, value) != value:
             raise ValueError(f"{file}: {name} is {fields[name]!r}; only {value!r} is computed")
     if set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"{file}: layer_types holds {sorted(set(fields['layer_types']))}; only 'full_attention' is computed")
+        raise ValueError(
+            f"{file}: layer_types holds {sorted(set(fields['layer_types']))}; only 'full_attention' is computed"
+        )
     rope = fields.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{file}: rope_type is {rope['rope_type']!r}; only 'default' is computed")

@@ -78,9 +78,7 @@ class Progress:
       ValueError: no stages, or a duration that is negative or not finite.
     """
 
-    def __init__(
-        self, stages: Mapping[str, float], *, console=None, clock=time.monotonic, interval=10.0, show=SHOW
-    ):
+    def __init__(self, stages: Mapping[str, float], *, console=None, clock=time.monotonic, interval=10.0, show=SHOW):
         if not stages:
             raise ValueError("stages is empty; give at least one, as {name: guessed seconds}")
         for name, weight in stages.items():

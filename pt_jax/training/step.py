@@ -86,7 +86,9 @@ def make_train_step(loss_fn, optimizer, *, microbatches=1, shardings=None):
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if leaf.shape[0] % microbatches:
                 name = jax.tree_util.keystr(path)
-                raise ValueError(f"batch{name} has {leaf.shape[0]} rows, which {microbatches} microbatches do not divide")
+                raise ValueError(
+                    f"batch{name} has {leaf.shape[0]} rows, which {microbatches} microbatches do not divide"
+                )
         key = jax.random.fold_in(state.key, state.step)
         how = gradients if microbatches == 1 else accumulated
         grads, metrics = how(state, frozen, batch, key)
