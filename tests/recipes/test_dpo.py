@@ -54,28 +54,30 @@ loss_fn = jax.jit(dpo.make_loss(bigram, beta=0.3))
 slopes = jax.jit(jax.grad(lambda params, batch: loss_fn(params, None, batch, None)[0]))
 
 
-def by_hand(beta, smoothing):
+def by_hand(beta, smoothing, nll):
     sides = [[(nats(POLICY, e), nats(REFERENCE, e)) for e in side] for side in zip(*PAIRS)]
     rewards = [beta * np.array([policy - reference for policy, reference in side]) for side in sides]
     h = rewards[0] - rewards[1]
     log_sigmoid = lambda x: -np.log1p(np.exp(-x))
-    return np.mean(-(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h)), {
+    nats_a_token = -sum(x for x, _ in sides[0]) / sum(pair[0].mask.sum() for pair in PAIRS)
+    loss = np.mean(-(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h)) + nll * nats_a_token
+    return loss, {
         "rewards/chosen": rewards[0].mean(),
         "rewards/rejected": rewards[1].mean(),
         "rewards/margins": h.mean(),
         "rewards/accuracies": (h > 0).mean(),
         "logps/chosen": np.mean([x for x, _ in sides[0]]),
         "logps/rejected": np.mean([x for x, _ in sides[1]]),
+        "nll_loss": nats_a_token,
     }
 
 
 @pytest.mark.parametrize("pad_token", [0, END])
-@pytest.mark.parametrize(("beta", "smoothing"), [(0.3, 0.0), (0.1, 0.2)])
-def test_the_loss_and_its_metrics_by_hand(beta, smoothing, pad_token):
-    loss, metrics = dpo.make_loss(bigram, beta=beta, label_smoothing=smoothing)(
-        POLICY, None, batch_of(pad_token=pad_token), None
-    )
-    expected_loss, expected = by_hand(beta, smoothing)
+@pytest.mark.parametrize(("beta", "smoothing", "nll"), [(0.3, 0.0, 0.0), (0.1, 0.2, 0.7)])
+def test_the_loss_and_its_metrics_by_hand(beta, smoothing, nll, pad_token):
+    loss_fn = dpo.make_loss(bigram, beta=beta, label_smoothing=smoothing, nll=nll)
+    loss, metrics = jax.jit(loss_fn)(POLICY, None, batch_of(pad_token=pad_token), None)
+    expected_loss, expected = by_hand(beta, smoothing, nll)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     assert metrics.keys() == expected.keys()
     for name in expected:
@@ -126,8 +128,9 @@ def test_a_step_raises_what_is_preferred_and_lowers_the_other():
 def test_empty_pairs_change_nothing():
     """Pairs that only fill a batch have weight 0; counted in the mean, each would pay its log 2."""
     batch = batch_of()
-    fill = lambda x: np.pad(x, ((0, 2), (0, 0))[: x.ndim], constant_values=np.nan if x.dtype == np.float32 else 0)
-    more = jax.tree.map(fill, batch) | {"weights": np.pad(batch["weights"], (0, 2))}
+    rubbish = lambda path: np.nan if path[-1].key.startswith("ref") else 0
+    fill = lambda path, x: np.pad(x, ((0, 2), (0, 0))[: x.ndim], constant_values=rubbish(path))
+    more = jax.tree_util.tree_map_with_path(fill, batch)
     for got, expected in zip(*(jax.tree.leaves(loss_fn(POLICY, None, b, None)) for b in (more, batch))):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     np.testing.assert_allclose(slopes(POLICY, more)["table"], slopes(POLICY, batch)["table"], rtol=1e-5, atol=1e-7)
@@ -138,7 +141,9 @@ def test_the_arrays_of_a_batch():
     assert batch.keys() == {"chosen", "rejected", "ref_chosen", "ref_rejected", "weights"}
     np.testing.assert_allclose(batch["weights"], np.full(3, 1 / 3), rtol=1e-6)
     for i, side in enumerate(("chosen", "rejected")):
-        assert {k: x.shape for k, x in batch[side].items()} == dict.fromkeys(("tokens", "seen", "mask"), (3, 8))
+        names = ("tokens", "seen", "mask", "weights")
+        assert {k: x.shape for k, x in batch[side].items()} == dict.fromkeys(names, (3, 8))
+        np.testing.assert_array_equal(batch[side]["weights"] > 0, batch[side]["mask"])
         for row, pair in enumerate(PAIRS):
             n = len(pair[i].tokens)
             np.testing.assert_array_equal(batch[side]["tokens"][row, :n], pair[i].tokens)
