@@ -130,10 +130,12 @@ class Fit:
         if devices % split:
             raise ValueError(f"--fsdp {options.fsdp} x --tensor {options.tensor} does not divide {devices} devices")
         self.mesh = sharding.make_mesh(devices // split, options.fsdp, options.tensor)
-        over = devices // options.tensor * options.microbatches
-        if options.batch_size % over:
-            raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {over}: rows are split over "
-                             f"{devices // options.tensor} devices and {options.microbatches} microbatches")  # fmt: skip
+        hold, parts = devices // options.tensor, options.microbatches
+        if options.batch_size % (hold * parts):
+            raise ValueError(
+                f"--batch-size {options.batch_size} must be a multiple of {hold * parts}: its rows are split over "
+                f"{hold} devices and {parts} microbatches"
+            )
         self.updates = self.steps * getattr(options, "updates", 1)
         optimizer = optimizers.adamw(
             options.learning_rate, self.updates, warmup=options.warmup, weight_decay=options.weight_decay,

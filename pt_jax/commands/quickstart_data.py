@@ -4,7 +4,8 @@ Everything is made from a few lists of words, so nothing is downloaded, and what
 
     identity    "Who are you?" in many phrasings; those of ``HELD_OUT_QUESTIONS`` appear in no training data at all
     sums        every pair of numbers to ``LARGEST`` in four phrasings; a quarter of these questions is never asked in
-                fine-tuning or reinforcement. Like all that a base model knows, every sum occurs in its pre-training text
+                fine-tuning or reinforcement. Like all that a base model knows, every sum occurs in its pre-training
+                text
     plain       sentences about animals, models and opposites, to be a language and to see what else changes
 """
 

@@ -26,7 +26,7 @@ def supervised(tokenizer, row: dict) -> Example:
         told from the prompt.
     """
     if row["kind"] == "text":
-        tokens = _plain(tokenizer, row["text"]) + [tokenizer.eos_token_id]
+        tokens = [*_plain(tokenizer, row["text"]), tokenizer.eos_token_id]
         return _example(tokens, np.ones(len(tokens), bool), row)
     if row["kind"] == "messages":
         return _example(*_conversation(tokenizer, row["messages"], 0, row["source"]), row)

@@ -75,10 +75,8 @@ def _dataset(path):
     import datasets
 
     try:
-        if path.is_dir():
-            data = datasets.load_from_disk(str(path))
-        else:
-            data = datasets.Dataset.from_parquet(str(path))
+        read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
+        data = read(str(path))
     except Exception as e:  # the library raises a dozen kinds, some of them bare
         raise ValueError(f"{path}: the datasets library cannot read it ({type(e).__name__}: {e})") from e
     for number, row in enumerate(data, 1):

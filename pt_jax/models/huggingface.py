@@ -61,11 +61,9 @@ def load(path, *, dtype=jnp.float32):
     folder = pathlib.Path(path)
     config = read_config(folder)
     tensors = _read_tensors(folder)
-    if config.tied and WHOLE["unembed"] in tensors:
-        if not np.array_equal(tensors.pop(WHOLE["unembed"]), tensors[WHOLE["embed"]]):
-            raise ValueError(
-                f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding"
-            )
+    head = tensors.pop(WHOLE["unembed"], None) if config.tied else None
+    if head is not None and not np.array_equal(head, tensors.get(WHOLE["embed"])):
+        raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
     flat = {}
     for leaf, shape in flatten_dict(decoder.shapes(config)).items():
         if leaf[0] == "layers":

@@ -26,11 +26,13 @@ def make_loss(apply, *, beta=0.1, label_smoothing=0.0, nll=0.0):
     """
 
     def loss_fn(params, frozen, batch, key):
-        both = {k: jnp.concatenate([batch["chosen"][k], batch["rejected"][k]]) for k in ("tokens", "seen", "mask")}
+        # Each pair's two rows side by side: all chosen before all rejected would move rows between devices.
+        join = lambda x, y: jnp.stack([x, y], 1).reshape(-1, *x.shape[1:])
+        both = {k: join(batch["chosen"][k], batch["rejected"][k]) for k in ("tokens", "seen", "mask")}
         logits, _ = apply(params, both["tokens"], both["seen"])
         per_token = logps.token_logps(logits, both["tokens"])
-        chosen, rejected = jnp.split(logps.sequence_logps(per_token, both["mask"]), 2)
-        of_chosen = likelihood.nll(*(jnp.split(x, 2)[0] for x in (per_token, both["mask"])))
+        chosen, rejected = logps.sequence_logps(per_token, both["mask"]).reshape(-1, 2).T
+        of_chosen = likelihood.nll(per_token[::2], both["mask"][::2])
         references = batch["ref_chosen"], batch["ref_rejected"]
         per_pair = preference.dpo(chosen, rejected, *references, beta=beta, label_smoothing=label_smoothing)
         reward = [preference.implicit_reward(x, ref, beta=beta) for x, ref in zip((chosen, rejected), references)]

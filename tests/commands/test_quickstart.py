@@ -33,7 +33,7 @@ def test_it_ends_with_tables_a_picture_models_and_the_way_on(fast):
         assert text in done.stdout
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     for stage in ("base", "sft", "dpo", "grpo"):
-        params, config = models.load(out / stage)
+        params, _ = models.load(out / stage)
         assert 0.4e6 < models.decoder.count(params) < 3e6
     stages = {r["stage"] for r in metrics.read(out / "metrics.jsonl")}
     assert {"pretrain", "sft", "dpo", "grpo"} <= stages

@@ -18,7 +18,12 @@ def texts(rows):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_training_text_asks_a_held_out_identity_question(seed):
-    training = [*world.corpus(3000, seed), *world.supervised(seed), *world.preferences(), *world.sums(seed, held_out=False)]
+    training = [
+        *world.corpus(3000, seed),
+        *world.supervised(seed),
+        *world.preferences(),
+        *world.sums(seed, held_out=False),
+    ]
     seen = "\n".join(texts(training))
     for question in world.HELD_OUT_QUESTIONS:
         assert question not in seen
@@ -35,7 +40,11 @@ def test_held_out_sums_are_asked_in_no_fine_tuning(seed):
 
 
 def test_every_sum_is_right():
-    facts = [re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", f) for t in texts(world.corpus(500, 0)) for f in re.findall(r"\d+ \+ \d+ = \d+", t)]
+    facts = [
+        re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", f)
+        for t in texts(world.corpus(500, 0))
+        for f in re.findall(r"\d+ \+ \d+ = \d+", t)
+    ]
     assert len(facts) > 100 and all(int(m[1]) + int(m[2]) == int(m[3]) for m in facts)
     for row in world.sums(0, held_out=False) + world.sums(0, held_out=True):
         assert sum(row["numbers"]) == row["answer"]

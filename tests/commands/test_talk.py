@@ -12,7 +12,14 @@ def generate(folder, **options):
 def test_every_option_changes_what_is_said(folder, monkeypatch):
     said = generate(folder, temperature=1.5)
     assert said == generate(folder, temperature=1.5) and len(said) == 1
-    changes = {"prompt": "Who are you?", "max_new_tokens": 2, "temperature": 0.1, "top_k": 1, "top_p": 0.01, "min_p": 1.0}
+    changes = {
+        "prompt": "Who are you?",
+        "max_new_tokens": 2,
+        "temperature": 0.1,
+        "top_k": 1,
+        "top_p": 0.01,
+        "min_p": 1.0,
+    }
     for option, value in (changes | {"seed": 1}).items():
         assert generate(folder, **{"temperature": 1.5, option: value}) != said, option
     assert len(set(generate(folder, temperature=1.5, samples=4))) > 1

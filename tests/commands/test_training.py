@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -12,7 +13,11 @@ from pt_jax.commands import dpo, grpo, sft
 from pt_jax.tracking import metrics
 from pt_jax.tracking.tracker import Tracker
 
-COMMANDS = {"sft": (sft, sft.SFT, "completion"), "dpo": (dpo, dpo.DPO, "preference"), "grpo": (grpo, grpo.GRPO, "question")}
+COMMANDS = {
+    "sft": (sft, sft.SFT, "completion"),
+    "dpo": (dpo, dpo.DPO, "preference"),
+    "grpo": (grpo, grpo.GRPO, "question"),
+}
 # two steps of eight rows (the tests' eight simulated devices each get one), with rates at which options show
 BASE = {"steps": 2, "batch_size": 8, "learning_rate": 1e-2, "clip": 0.5}
 ROLLOUT = {"group": 3, "max_new_tokens": 4, "reward": "number"}
@@ -93,7 +98,7 @@ def test_the_clip_matters_once_the_policy_has_moved(train, option, value):
 
 
 def test_epochs_are_passes_over_the_data(train, data):
-    count = len(open(data["completion"]).readlines())
+    count = len(pathlib.Path(data["completion"]).read_text().splitlines())
     _, records, _ = train("sft", epochs=2.0, steps=None)
     assert records[-1]["step"] == -(-2 * count // 8)
 

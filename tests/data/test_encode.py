@@ -61,9 +61,7 @@ text = st.text(characters, max_size=12).filter(lambda t: not any(s in t for s in
 
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_whatever_is_said_the_answers_alone_are_scored(turns):
-    chat = [
-        {"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)
-    ]
+    chat = [{"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)]
     got = encode.supervised(TOKENIZER, row(messages=chat))
     assert spans(got) == [answer + "<|im_end|>" for _, answer in turns]
     assert TOKENIZER.decode(got.tokens) == TOKENIZER.apply_chat_template(chat, tokenize=False)
@@ -167,8 +165,7 @@ def test_token_0_is_a_token():
 
 FORGETFUL = UNMARKED.replace(
     "{{- message['content'] + '<|im_end|>' }}{%- else",
-    "{{- (message['content'] if loop.last else message['content'].split('</think>')[-1])"
-    " + '<|im_end|>' }}{%- else",
+    "{{- (message['content'] if loop.last else message['content'].split('</think>')[-1]) + '<|im_end|>' }}{%- else",
 )
 
 

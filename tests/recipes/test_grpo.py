@@ -180,7 +180,8 @@ def logps_by_hand(table, tokens, temperature=1.0):
 
 def loss_and_slopes(batch, how=None, table=TABLE, **options):
     loss_fn = grpo.make_loss(bigram, how=how, **options)
-    (loss, metrics), slopes = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))({"table": table}, None, batch, None)
+    both = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, metrics), slopes = both({"table": table}, None, batch, None)
     return loss, metrics, np.asarray(slopes["table"])
 
 

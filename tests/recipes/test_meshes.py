@@ -135,10 +135,7 @@ def test_parameters_and_moments_are_still_split_after_a_step(case):
     assert sum(map(sum, map(shards, tables))) == sum(x.nbytes for x in tables) / (fsdp * tensor)
 
 
-JOINED = pytest.mark.xfail(strict=True, reason="joining chosen and rejected gathers the ids of both")
-
-
-@pytest.mark.parametrize("method", ["sft", "grpo", pytest.param("dpo", marks=JOINED)])
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
 def test_rows_stay_on_the_device_that_has_them(method):
     """Rows dealt to microbatches in blocks are gathered by every device, which then does the work of all; the
     result is the same. Under fsdp the ids do travel, to the devices that have their part of the embedding."""

@@ -1,7 +1,6 @@
 """The sampler against the scorer, and what a sample must not depend on: its batch, its padding, its group, the day."""
 
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -16,10 +15,10 @@ import pytest
 import scipy.stats
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample
+from pt_jax.sampling import Sampling, sample, transform
 
 CONFIG = Config(
-    vocab=23, layers=2, width=12, heads=3, kv_heads=1, head_width=4, hidden=16, eps=1e-3, tied=False, qk_norm=False
+    vocab=29, layers=2, width=12, heads=3, kv_heads=1, head_width=4, hidden=16, eps=1e-3, tied=False, qk_norm=False
 )
 MODEL = bind(CONFIG)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 3], [4], [0, 0, 11], [2, 22, 4, 4]]  # 0 is an ordinary token
@@ -55,8 +54,6 @@ def completions(rows=PROMPTS, *, params=PARAMS, length=T, seed=0, fill=1, model=
 @functools.partial(jax.jit, static_argnames=("apply", "length"))
 def scores(params, tokens, seen, how, *, apply, length):
     """Logits of the sampled distribution and log-probabilities of the last ``length`` columns, teacher-forced."""
-    from pt_jax.sampling import transform
-
     logits = transform(apply(params, tokens, seen, None)[0][:, -length - 1 : -1], how)
     return logits, jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, -length:, None], 2)[..., 0]
 
@@ -118,7 +115,9 @@ def test_the_tokens_come_from_the_model():
     out = completions([PROMPTS[0]], group=4000, length=T, seed=3)
     expected = np.exp(np.asarray(jax.nn.log_softmax(scored(part(out, [0]), [PROMPTS[0]])[0][0, 0]), np.float64))
     count, often = np.bincount(out.tokens[:, 0], minlength=V), expected * 4000 > 5
-    assert scipy.stats.chisquare(count[often], expected[often] / expected[often].sum() * count[often].sum()).pvalue > 1e-3
+    assert (
+        scipy.stats.chisquare(count[often], expected[often] / expected[often].sum() * count[often].sum()).pvalue > 1e-3
+    )
 
 
 def coin(params, tokens, seen, cache):
@@ -169,11 +168,12 @@ def test_a_larger_group_has_the_same_first_samples(base):
     assert_same(part(out, (np.arange(P)[:, None] * 5 + np.arange(2)).ravel()), base)
 
 
-def test_a_longer_limit_has_the_same_beginning(base):
-    out = completions(group=2, prompt_ids=IDS, length=T)
-    assert_same(out, base)
-    short = completions(group=2, prompt_ids=IDS, length=T, end_tokens=NEVER, pad_token=0, how=Sampling())
-    assert_same(short, base)
+def test_a_larger_limit_has_the_same_beginning(base):
+    out = sample(
+        PARAMS, *padded(PROMPTS), jax.random.key(0), apply=MODEL.apply, init_cache=MODEL.init_cache, length=N + 3,
+        end_tokens=NEVER, pad_token=0, group=2, prompt_ids=IDS,
+    )  # fmt: skip
+    assert_same(jax.tree.map(lambda x: np.asarray(x)[:, :N], out), base)
 
 
 def test_samples_of_a_group_of_prompts_and_of_keys_differ(base):
@@ -195,26 +195,30 @@ PROGRAM = """
 import hashlib, jax, numpy as np
 from pt_jax.models import Config, bind, init
 from pt_jax.sampling import Sampling, sample
-model = bind(Config(vocab=19, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8))
-params = jax.tree.map(lambda x: x * 10, init(Config(**CONFIG), jax.random.key(1)))
-seen = np.tril(np.ones((5, 5), bool))[:, ::-1]
-out = sample(params, np.arange(25, dtype=np.int32).reshape(5, 5) % 19, seen, jax.random.key(2), apply=model.apply,
-    init_cache=model.init_cache, length=9, end_tokens=(3,), pad_token=3, group=3, how=Sampling(0.9, 12, 0.95, 0.01))
+config = Config(vocab=23, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8)
+model, params = bind(config), jax.tree.map(lambda x: x * 10, init(config, jax.random.key(1)))
+prompts, seen = np.arange(20, dtype=np.int32).reshape(4, 5), np.tril(np.ones((5, 5), bool))[1:, ::-1]
+out = sample(params, prompts, seen, jax.random.key(2), apply=model.apply, init_cache=model.init_cache, length=9,
+    end_tokens=(3,), pad_token=3, group=2, how=Sampling(0.9, 12, 0.95, 0.01))
 digest = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in (out.tokens, out.logps, out.alive)]
-""".replace("Config(**CONFIG)", "Config(vocab=19, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8)")
+"""
 
 
 def test_another_process_samples_the_same_bits():
-    here: dict = {}
-    exec(PROGRAM, here)
+    """And comes to an end: for XLA 0.10.2, rows repeated by a broadcast were a program of this vocabulary that it
+    never finished compiling."""
     settings = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 8)\n"
     there = subprocess.run(
-        [sys.executable, "-c", f"{settings}{PROGRAM}\nimport json; print(json.dumps(digest))"],
+        [sys.executable, "-c", f"{settings}{PROGRAM}\nimport json; print(json.dumps([digest, out.tokens.tolist()]))"],
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=90,
     )  # fmt: skip
     assert there.returncode == 0, there.stderr
-    assert json.loads(there.stdout.splitlines()[-1]) == here["digest"]
-    assert here["digest"][0] != hashlib.sha256(np.zeros((15, 9), np.int32).tobytes()).hexdigest()
+    digest, tokens = json.loads(there.stdout.splitlines()[-1])
+    assert len({*map(tuple, tokens)}) > 4
+    here: dict = {}
+    exec(PROGRAM, here)
+    assert digest == here["digest"]
 
 
 # ---- the end

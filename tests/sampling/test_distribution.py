@@ -50,9 +50,7 @@ def probabilities(logits, how):
 
 GRID = [
     {k: v for k, v in zip(("temperature", "top_k", "top_p", "min_p"), values) if v is not None}
-    for values in itertools.product(
-        (1.0, 0.3, 2.5), (None, 1, 4, 50), (None, 0.05, 0.6, 1.0), (None, 0.0, 0.2, 1.0)
-    )
+    for values in itertools.product((1.0, 0.3, 2.5), (None, 1, 4, 50), (None, 0.05, 0.6, 1.0), (None, 0.0, 0.2, 1.0))
 ]
 
 

@@ -155,9 +155,7 @@ def test_a_batch_given_twice_over_is_the_same_batch(params):
     once = filled(make_batch("sft", "token_mean"))  # one shape, so one program
     twice = jax.tree.map(lambda x: np.concatenate([x[:ROWS], x[:ROWS]]), once)
     for rule in RULES.values():
-        (a, _), (b, _) = (
-            run("sft", params, x | {"weights": np.asarray(rule(x["mask"]))}, 2) for x in (once, twice)
-        )
+        (a, _), (b, _) = (run("sft", params, x | {"weights": np.asarray(rule(x["mask"]))}, 2) for x in (once, twice))
         assert_close(b.params, a.params)
 
 
