@@ -15,7 +15,7 @@ import numpy as np
 
 SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
 LARGEST = 9
-SUMS_SHOWN = 60  # sums that supervised fine-tuning shows
+SUMS_SHOWN = 80  # sums that supervised fine-tuning shows
 
 QUESTIONS = (
     "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
