@@ -298,7 +298,7 @@ def test_the_numbers_of_the_config_reach_the_logits(change):
 def test_apply_is_unembed_of_hidden():
     tokens, seen, _ = padded(rows(), SIDES["left"])
     whole = forward(QWEN, weights(QWEN), tokens, seen)
-    x, cache = decoder.hidden(QWEN, weights(QWEN), tokens, seen)
+    x, cache = jit(decoder.hidden, static_argnums=0)(QWEN, weights(QWEN), tokens, seen)
     assert x.shape == (len(LENGTHS), T, QWEN.width) and cache is None
     assert_close(decoder.unembed(QWEN, weights(QWEN), x), whole, 1e-6)
 

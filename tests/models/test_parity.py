@@ -34,6 +34,8 @@ CASES = {
     "qwen3, all kv heads": ("qwen3", True, 32, 4, 4, 8, 2, 1e6, 1e-6),
     "qwen3, grouped": ("qwen3", True, 20, 6, 2, 4, 3, 1e6, 1e-2),
 }
+# for what takes long to compile: both families, tied and not
+FOUR = pytest.mark.parametrize("both", [case for case in CASES if "all" not in case], indirect=True)
 VOCAB, LENGTHS = 37, (17, 9, 1, 12)
 
 
@@ -96,21 +98,20 @@ def nll(config, params, tokens, seen):
 gradient = jit(jax.value_and_grad(nll, 1), static_argnums=0)
 
 
+def saved_and_read(model, folder):
+    model.save_pretrained(folder)
+    return model, *load(folder)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def both(request, tmp_path_factory):
     """A torch model, and what we read from the folder that it saved."""
-    model = make(request.param)
-    folder = tmp_path_factory.mktemp("torch") / "model"
-    model.save_pretrained(folder)
-    return model, *load(folder)
+    return saved_and_read(make(request.param), tmp_path_factory.mktemp("torch") / "model")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    model = make("qwen3, one kv head")
-    folder = tmp_path_factory.mktemp("torch") / "model"
-    model.save_pretrained(folder)
-    return model, *load(folder)
+    return saved_and_read(make("qwen3, one kv head"), tmp_path_factory.mktemp("torch") / "model")
 
 
 def close(got, expected, share):
@@ -152,6 +153,7 @@ def test_what_we_save_transformers_loads(both, tmp_path):
         np.testing.assert_allclose(logits_of_torch(model, tokens, seen)[seen], got[seen], rtol=0, atol=1e-4)
 
 
+@FOUR
 def test_gradients(both, tmp_path):
     model, params, config = both
     tokens, seen = batch(left=True)
@@ -171,6 +173,7 @@ def test_gradients(both, tmp_path):
         close(mine, g, 1e-4)
 
 
+@FOUR
 def test_greedy_texts(both):
     """Forty tokens through the cache, from ragged prompts; and where a row ends, the others go on."""
     model, params, config = both
