@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from pt_jax import checks
@@ -59,7 +60,8 @@ def sample(
     checks.positive("length", length)
     checks.positive("group", group)
     if not isinstance(seen, jax.core.Tracer):
-        bad = jnp.flatnonzero(~(seen[:, -1] & (seen[:, 1:] >= seen[:, :-1]).all(-1)))
+        given = np.asarray(seen)  # of jnp, these would be staged when sample is jitted around them
+        bad = np.flatnonzero(~(given[:, -1] & (given[:, 1:] >= given[:, :-1]).all(-1)))
         if bad.size:
             raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its last column must be seen, and no gap")
     how = (Sampling() if how is None else how).check()
