@@ -91,10 +91,11 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=
       keep: names of files that a replaced folder passes on, such as logs.
 
     Raises:
-      ValueError: the folder exists and is not empty, or cannot be written.
+      ValueError: the folder exists and is not empty, or cannot be written; or the parameters are not this model's.
     """
     from safetensors.numpy import load_file, save_file
 
+    _check_tree(params, config)
     tensors = {}
     for leaf, value in flatten_dict(params).items():
         array = np.asarray(value)
@@ -201,6 +202,17 @@ def _to_json(config: Config, dtype: str) -> dict:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _check_tree(params, config):
+    """A folder whose config.json does not speak of its weights looks like a good one until it is read."""
+    given, expected = flatten_dict(params, sep="/"), flatten_dict(decoder.shapes(config), sep="/")
+    for name in expected.keys() ^ given.keys():
+        who = "the config has none" if name in given else "the config asks for it"
+        raise ValueError(f"params {'has' if name in given else 'lacks'} {name}, but {who}")
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise ValueError(f"params[{name!r}] has shape {given[name].shape}, the config asks for {shape}")
 
 
 def _layer_names(config, leaf):

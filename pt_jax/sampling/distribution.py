@@ -83,7 +83,8 @@ def transform(logits, how: Sampling):
         if how.top_p is not None:
             probabilities = jax.nn.softmax(order)
             before = jnp.cumsum(probabilities, -1) - probabilities
-            needed = jnp.where(before < how.top_p, order, jnp.inf)
+            # at 1 everything, though rounding can bring the sum to 1 before the last token
+            needed = jnp.where((before < how.top_p) | (jnp.asarray(how.top_p) >= 1), order, jnp.inf)
             keep &= scaled >= jnp.min(needed, -1, keepdims=True)
     if how.min_p is not None:
         keep &= jax.nn.softmax(scaled) >= how.min_p * jnp.max(jax.nn.softmax(scaled), -1, keepdims=True)
@@ -101,10 +102,11 @@ def draw(key, logits):
       [B] int32.
     """
     uniform = jax.vmap(jax.random.uniform)(key)[:, None]
-    cumulative = jnp.cumsum(jax.nn.softmax(logits), -1)
-    total = cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the mark. Rounding can put the mark on the total itself,
-    # which nothing exceeds; then it is the first token that reaches the total. Neither can have probability 0.
-    exceeds = jnp.sum(cumulative <= uniform * total, -1)
-    reaches = jnp.sum(cumulative < total, -1)
-    return jnp.minimum(exceeds, reaches).astype(jnp.int32)
+    probabilities = jax.nn.softmax(logits)
+    cumulative = jnp.cumsum(probabilities, -1)
+    possible = probabilities > 0
+    # A parallel cumulative sum rounds every entry on its own, so it may rise where nothing was added, and the mark may
+    # lie on or above the last entry: only a token that has some probability is taken, and failing all, the last such.
+    passes = possible & (cumulative > uniform * cumulative[:, -1:])
+    last = logits.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], -1)
+    return jnp.where(passes.any(-1), jnp.argmax(passes, -1), last).astype(jnp.int32)
