@@ -135,8 +135,8 @@ def prefer(out, size, seed, tracker) -> dict:
 def reinforce(out, size, seed, tracker) -> dict:
     options = grpo.GRPO(
         model=str(out / "dpo"), data=str(out / "data/sums.jsonl"), out=str(out / "grpo"), steps=size.grpo,
-        batch_size=16, group=8, max_new_tokens=ANSWER, learning_rate=size.grpo_rate, warmup=0.05, kl=0.02, clip_high=0.28,
-        eval_data=str(out / "data/sums_held_out.jsonl"), eval_every=20, seed=seed,
+        batch_size=16, group=8, max_new_tokens=ANSWER, learning_rate=size.grpo_rate, warmup=0.05, kl=0.02,
+        clip_high=0.28, eval_data=str(out / "data/sums_held_out.jsonl"), eval_every=20, seed=seed,
     )  # fmt: skip
     return grpo.run(options, tracker)
 
