@@ -61,3 +61,44 @@ def positive(name: str, value) -> None:
     """
     if not isinstance(value, jax.core.Tracer) and not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def rows(**arrays) -> tuple[jax.Array, ...]:
+    """What every function of rows does first: all are [B] and of a float type; returns them as ``floats`` does.
+
+    >>> rows(chosen=jnp.zeros(2), rejected=jnp.zeros(3))
+    Traceback (most recent call last):
+    ValueError: rejected has shape (3,), expected [B] with B=2 (from chosen)
+    """
+    shapes(**{name: (array, "B") for name, array in arrays.items()})
+    return floats(**arrays)
+
+
+def floats(**arrays) -> tuple[jax.Array, ...]:
+    """The arrays in float32, or in their own type where that is wider; fails for whole numbers.
+
+    Mathematics in float32 whatever the model computes in (law 12). Whole numbers are refused, because logits or
+    log-probabilities of type int are a mistake that would otherwise show as bad training.
+
+    Args:
+      **arrays: argument name to array.
+
+    Returns:
+      The arrays in the order of the arguments.
+
+    Raises:
+      ValueError: an array is not of a float type.
+
+    >>> floats(logps=jnp.zeros(2, jnp.bfloat16))[0].dtype
+    dtype('float32')
+    >>> floats(logits=jnp.zeros(2, int))
+    Traceback (most recent call last):
+    ValueError: logits must be of a float type, got int32
+    """
+    out = []
+    for name, array in arrays.items():
+        array = jnp.asarray(array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a float type, got {array.dtype}")
+        out.append(array.astype(jnp.promote_types(array.dtype, jnp.float32)))
+    return tuple(out)

@@ -16,17 +16,16 @@ So k1 belongs into a reward, k2 or k3 into a loss. The claims of the table are t
 
 import jax.numpy as jnp
 
-from pt_jax import checks, weights
+from pt_jax import weights
 
 
 def _gap(logps, ref_logps, mask):
-    checks.shapes(logps=(logps, "B T"), ref_logps=(ref_logps, "B T"), mask=(mask, "B T"))
-    logps, ref_logps = weights.zero_unscored(mask, logps, ref_logps)
+    logps, ref_logps = weights.scored(mask, logps=logps, ref_logps=ref_logps)
     return ref_logps - logps
 
 
 def k1(logps, ref_logps, mask):
-    """log p - log p_ref, a token: unbiased, of either sign. See the module for when to use which.
+    """k1 = log p - log p_ref, a token: unbiased, of either sign. See the module for when to use which.
 
     Args:
       logps: [B, T] of the policy that sampled the tokens, in nats.
@@ -44,7 +43,7 @@ def k1(logps, ref_logps, mask):
 
 
 def k2(logps, ref_logps, mask):
-    """(log p - log p_ref)^2 / 2, a token; arguments as ``k1``.
+    """k2 = (log p - log p_ref)^2 / 2, a token; arguments as ``k1``.
 
     >>> logps, ref_logps, mask = jnp.log(jnp.array([[[0.5, 0.8]], [[0.25, 0.8]], [[1, 1]]]))
     >>> print(k2(logps, ref_logps, mask == 0).round(4))
@@ -54,7 +53,7 @@ def k2(logps, ref_logps, mask):
 
 
 def k3(logps, ref_logps, mask):
-    """p_ref / p - 1 - log(p_ref / p), a token; never negative; arguments as ``k1``.
+    """k3 = p_ref / p - 1 - log(p_ref / p), a token; never negative; arguments as ``k1``.
 
     The penalty of Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300, equation 4.
 

@@ -1,7 +1,7 @@
 """From logits to log-probabilities and entropies of tokens, aligned with the tokens they speak of.
 
 Everything a token is ``[B, T]``, and ``x[:, t]`` speaks of ``tokens[:, t]``. A model's row ``t`` of logits predicts
-token ``t + 1``; the one place in the project that moves predictions onto their tokens is ``_align``.
+token ``t + 1``; the one place in the project that moves predictions onto their tokens is ``align``.
 """
 
 import jax
@@ -11,9 +11,24 @@ import optax
 from pt_jax import checks, weights
 
 
-def _align(predictions):
-    """[B, T - 1] of what rows 0..T-2 predict -> [B, T] with 0 for the first token, which nothing predicts."""
-    return jnp.pad(predictions, ((0, 0), (1, 0)))
+def align(predictions):
+    """Moves what rows 0 to T - 2 predict onto the tokens that they speak of, 1 to T - 1.
+
+        out[b, t] = predictions[b, t - 1],   out[b, 0] = 0
+
+    The only shift in the project (law 1): everything that is computed from logits goes through it once. The last
+    row of logits predicts a token that is not there: leave it out before, so that nothing comes from it.
+
+    Args:
+      predictions: [B, T - 1, ...], computed from ``logits[:, :-1]``.
+
+    Returns:
+      [B, T, ...] with 0 for the first token, which nothing predicts.
+
+    >>> print(align(jnp.array([[1.0, 2.0, 3.0]])))
+    [[0. 1. 2. 3.]]
+    """
+    return jnp.pad(predictions, [(0, 0), (1, 0), *[(0, 0)] * (predictions.ndim - 2)])
 
 
 def token_logps(logits, tokens):
@@ -37,8 +52,8 @@ def token_logps(logits, tokens):
     [[1.    0.667]]
     """
     checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
-    return _align(-nll)
+    (logits,) = checks.floats(logits=logits)
+    return align(-optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]))
 
 
 def token_entropies(logits):
@@ -56,9 +71,10 @@ def token_entropies(logits):
     [[0.     1.3863]]
     """
     checks.shapes(logits=(logits, "B T V"))
-    logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    (logits,) = checks.floats(logits=logits)
+    logps = jax.nn.log_softmax(logits[:, :-1])
     # 0 log 0 is 0: a forbidden token adds exp(-inf) * 0, and its gradient is 0 as well
-    return _align(-jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), -1))
+    return align(-jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), -1))
 
 
 def top_1_hits(logits, tokens):
@@ -75,7 +91,7 @@ def top_1_hits(logits, tokens):
     [[0. 1. 0.]]
     """
     checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
-    return _align((jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]).astype(jnp.float32))
+    return align((jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]).astype(jnp.float32))
 
 
 def sequence_logps(logps, mask):

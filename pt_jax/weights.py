@@ -110,14 +110,35 @@ def weighted_sum(x, weights):
       weights: the same shape.
 
     Returns:
-      A float32 scalar.
+      A scalar, float32 or what is wider.
 
     >>> print(weighted_sum(jnp.array([[1.0, 3.0, jnp.nan]]), jnp.array([[0.5, 0.5, 0.0]])))
     2.0
     """
     if jnp.shape(x) != jnp.shape(weights):
         raise ValueError(f"weights has shape {jnp.shape(weights)}, expected that of x, {jnp.shape(x)}")
-    return jnp.sum(jnp.where(weights != 0, x, 0).astype(jnp.float32) * weights)
+    x = jnp.where(weights != 0, x, 0)
+    return jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) * weights)
+
+
+def scored(mask, **arrays):
+    """What every function of tokens does first: the arrays with 0 where nothing is scored, in float32 at least.
+
+    Args:
+      mask: [B, T] bool, the scored tokens.
+      **arrays: argument name to array, each [B, T] and of a float type.
+
+    Returns:
+      The arrays in the order of the arguments, as ``zero_unscored`` gives them.
+
+    Raises:
+      ValueError: a shape disagrees, or an array is of whole numbers.
+
+    >>> print(scored(jnp.array([[True, False]]), logps=jnp.array([[-2.0, jnp.nan]]))[0])
+    [[-2. 0.]]
+    """
+    checks.shapes(**{name: (array, "B T") for name, array in arrays.items()}, mask=(mask, "B T"))
+    return zero_unscored(mask, *checks.floats(**arrays))
 
 
 def zero_unscored(mask, *arrays):

@@ -24,8 +24,8 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 @pytest.fixture(scope="session")
 def trl():
     """``trl(name)``: options, inputs, outputs and metrics of a case that TRL's own code computed."""
-    cases = json.loads((REFERENCE / "trl.json").read_text())["cases"]
-    arrays = np.load(REFERENCE / "trl.npz")
+    cases = {e["name"]: e for e in json.loads((REFERENCE / "trl_1_16.json").read_text())["entries"]}
+    arrays = np.load(REFERENCE / "trl_1_16.npz")
 
     def case(name):
         c = cases[name]

@@ -1,8 +1,8 @@
-"""The laws that every loss, objective and divergence keeps, whoever wrote it and whenever.
+"""The laws that every loss, objective, divergence and advantage keeps, whoever wrote it and whenever.
 
 Nothing is listed here: the public functions are found, and their arguments are made from the names in their
-signatures. A function with a ``mask`` speaks of tokens, ``[B, T]``; one without speaks of rows, ``[B]``. A name
-that is not known fails with the request to say below what it stands for.
+signatures; ``law_arguments`` says what a name stands for. A function with a ``mask`` speaks of tokens, ``[B, T]``, one
+with [P, G] rewards of groups, any other of rows, ``[B]``.
 """
 
 import functools
@@ -10,12 +10,15 @@ import importlib
 import inspect
 import pkgutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
+from law_arguments import NATS, WHOLE_BATCH, arguments, axes, of_groups, positional, real_slots
 
-from pt_jax import divergences, losses, objectives, weights
+from pt_jax import advantages, divergences, logps, losses, objectives, weights
 
 # ---- what is on trial
 
@@ -34,44 +37,25 @@ def public_functions(*rooms):
     }
 
 
-FUNCTIONS = public_functions(losses, objectives, divergences)
-EVERY = pytest.mark.parametrize("fn", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-SPEAKS_OF_TOKENS = {name: fn for name, fn in FUNCTIONS.items() if "mask" in inspect.signature(fn).parameters}
-EVERY_OF_TOKENS = pytest.mark.parametrize("fn", SPEAKS_OF_TOKENS.values(), ids=SPEAKS_OF_TOKENS.keys())
-
-# ---- arguments, by name
-
-LENGTHS = np.array([6, 3, 0, 5, 1, 4, 6, 2])  # B = 8 rows, T = 6; one row is empty; no two halves are alike
-COLUMNS = 6
-LOGPS = {"logps", "old_logps", "ref_logps"}  # [B, T] nats, apart by ratios in [0.3, 3]; [B] sums without a mask
-SUMS = {"chosen", "rejected", "ref_chosen", "ref_rejected"}  # [B] nats
+FUNCTIONS = public_functions(losses, objectives, divergences, advantages)
+DOCUMENTED = FUNCTIONS | public_functions(logps, weights)
 
 
-def arguments(fn, seed=0):
-    """Arrays for a function, and which slots of its result are real: ``(kwargs, real)``."""
-    signature = inspect.signature(fn).parameters
-    rng = np.random.default_rng(seed)
-    mask = np.arange(COLUMNS) < np.roll(LENGTHS, seed)[:, None]
-    mask[-2, 2] = False  # a hole: the answer of a tool
-    of_tokens = "mask" in signature
-    real = mask if of_tokens else mask.any(1)
-    base = -rng.uniform(1.5, 6.0, real.shape)
-    kwargs = {}
-    for name in positional(fn):
-        if name == "mask":
-            kwargs[name] = mask
-        elif name in LOGPS | SUMS:
-            kwargs[name] = (base + rng.uniform(np.log(0.3), np.log(3), real.shape)).astype(np.float32)
-        elif name == "advantages":
-            kwargs[name] = rng.normal(size=real.shape).astype(np.float32)
-        else:
-            pytest.fail(f"{fn.__module__}.{fn.__name__}: say in {__name__} what {name!r} stands for")
-    return kwargs, real
+def every(functions):
+    return pytest.mark.parametrize("fn", functions.values(), ids=functions.keys())
 
 
-def positional(fn):
-    parameters = inspect.signature(fn).parameters
-    return [name for name, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+def speaks_of_tokens(fn):
+    return "mask" in inspect.signature(fn).parameters
+
+
+EVERY = every(FUNCTIONS)
+EVERY_OF_TOKENS = every({name: fn for name, fn in FUNCTIONS.items() if speaks_of_tokens(fn)})
+EVERY_OF_SINGLE_ROWS = every({name: fn for name, fn in FUNCTIONS.items() if name not in WHOLE_BATCH})
+
+
+def name_of(fn):
+    return f"{fn.__module__.removeprefix('pt_jax.')}.{fn.__name__}"
 
 
 def hyperparameters(fn):
@@ -90,15 +74,20 @@ RULES_OF_TOKENS = {
     "sequence_mean": weights.sequence_mean,
     "constant_length": functools.partial(weights.constant_length, length=9),
 }
-RULES_OF_ROWS = {"row_mean": weights.row_mean}
 
 
 def rules(fn):
-    return RULES_OF_TOKENS if "mask" in inspect.signature(fn).parameters else RULES_OF_ROWS
+    """Ways to weigh the results: for a result with two axes and for one with one axis, from the mask."""
+    of_tokens = RULES_OF_TOKENS if speaks_of_tokens(fn) else {"each": weights.token_mean}
+    return {
+        name: lambda mask, rule=rule: {2: rule(mask), 1: weights.row_mean(mask.any(-1))}
+        for name, rule in of_tokens.items()
+    }
 
 
-def floats(kwargs):
-    return {name: x for name, x in kwargs.items() if x.dtype == np.float32}
+def floats(fn, kwargs):
+    """What is differentiated: log-probabilities, logits, values; not lengths, labels and rewards of groups."""
+    return {name: x for name, x in kwargs.items() if x.dtype == np.float32 and axes(fn, name) != "P G"}
 
 
 @functools.cache
@@ -106,18 +95,20 @@ def measure(fn):
     """``(floats, rest, w) -> (weighted sums of fn's results, their gradients)``, compiled once a shape."""
 
     def sums(floats, rest, w):
-        results = jax.tree.leaves(fn(**floats, **rest))
-        return jnp.stack([weights.weighted_sum(x, w) for x in results])
+        results = [x for x in jax.tree.leaves(fn(**floats, **rest)) if x.ndim]
+        return jnp.stack([weights.weighted_sum(x, w[x.ndim]) for x in results])
 
     def measured(floats, rest, w):
+        if not floats:
+            return sums(floats, rest, w), {}
         return sums(floats, rest, w), jax.jacrev(sums)(floats, rest, w)
 
     return jax.jit(measured)
 
 
 def value_and_gradients(fn, kwargs, w):
-    of = floats(kwargs)
-    value, gradients = measure(fn)(of, {k: v for k, v in kwargs.items() if k not in of}, np.asarray(w))
+    of = floats(fn, kwargs)
+    value, gradients = measure(fn)(of, {k: v for k, v in kwargs.items() if k not in of}, jax.tree.map(np.asarray, w))
     return np.asarray(value), jax.tree.map(np.asarray, gradients)
 
 
@@ -136,53 +127,73 @@ def assert_same(got, expected):
 
 def law_of_microbatches(fn, parts):
     """2: the weights are made over the whole batch; after that, parts of it just add."""
-    kwargs, real = arguments(fn)
+    kwargs, mask = arguments(fn)
     deal = lambda x: np.asarray(x).reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
     for rule in rules(fn).values():
-        w = rule(real)
-        dealt, dealt_w = {name: deal(x) for name, x in kwargs.items()}, deal(w)
+        w = rule(mask)
+        dealt = {name: deal(x) if x.ndim else np.stack([x] * parts) for name, x in kwargs.items()}
+        dealt_w = jax.tree.map(deal, w)
         measured = [
-            value_and_gradients(fn, {name: x[i] for name, x in dealt.items()}, dealt_w[i]) for i in range(parts)
+            value_and_gradients(fn, {k: x[i] for k, x in dealt.items()}, {n: x[i] for n, x in dealt_w.items()})
+            for i in range(parts)
         ]
         value = sum(v for v, _ in measured)
-        # [M, results, B / M, ...] back to [results, B, ...]: row i was dealt to part i % M
-        undeal = lambda *x: np.stack(x, 2).reshape(len(x[0]), -1, *x[0].shape[2:])
+
+        def undeal(*x):
+            """[M, results, B / M, ...] back to [results, B, ...]: row i was dealt to part i % M; a scalar's add."""
+            if x[0].ndim == 1:
+                return sum(x)
+            return np.stack(x, 2).reshape(len(x[0]), -1, *x[0].shape[2:])
+
         gradients = jax.tree.map(undeal, *[g for _, g in measured])
         assert_same((value, gradients), value_and_gradients(fn, kwargs, w))
 
 
 def law_of_padding(fn):
     """2: columns and rows that only fill up change nothing, whatever is in them."""
-    kwargs, real = arguments(fn)
-    widths = ((1, 3), (2, 1))[: real.ndim]
-    inside = (slice(None), slice(1, -3), slice(2, -1))[: real.ndim + 1]
-    pad = lambda x: np.pad(x, widths, constant_values=False if x.dtype == bool else -7.7)
+    kwargs, mask = arguments(fn)
+    rows = (0, 0) if WHOLE_BATCH.get(name_of(fn)) else (1, 3)
+    widths = {"B": rows, "P": rows, "T": (2, 1), "G": (2, 1), "V": (0, 0)}
+
+    def pad(x, letters):
+        fill = False if x.dtype == bool else np.nan if letters == "P G" else 7.7
+        return np.pad(x, [widths[axis] for axis in letters.split()], constant_values=fill)
+
+    def inside(letters):
+        return tuple(slice(widths[axis][0], -widths[axis][1] or None) for axis in letters.split())
+
+    filled = {name: pad(x, axes(fn, name)) for name, x in kwargs.items()}
+    filled_mask = pad(mask, "P G" if of_groups(fn) else "B T")
     for rule in rules(fn).values():
-        value, gradients = value_and_gradients(fn, {name: pad(x) for name, x in kwargs.items()}, rule(pad(real)))
-        for g in gradients.values():
-            assert (g[:, ~pad(real)] == 0).all()
-        gradients = {name: g[inside] for name, g in gradients.items()}
-        assert_same((value, gradients), value_and_gradients(fn, kwargs, rule(real)))
+        value, gradients = value_and_gradients(fn, filled, rule(filled_mask))
+        for name, g in gradients.items():
+            exists = real_slots(filled_mask, axes(fn, name))
+            assert exists is None or axes(fn, name) == "B" or (g[:, ~exists] == 0).all()
+        gradients = {name: g[(slice(None), *inside(axes(fn, name)))] for name, g in gradients.items()}
+        assert_same((value, gradients), value_and_gradients(fn, kwargs, rule(mask)))
 
 
 def law_of_masked_slots(fn, rubbish):
     """4: they do not exist. One argument at a time as well: two NaNs may hide each other, two 1e9 cancel."""
     kwargs, mask = arguments(fn)
-    w = weights.sequence_mean(mask)
+    w = rules(fn)["sequence_mean"](mask)
     expected_value, expected = value_and_gradients(fn, kwargs, w)
-    poisoned = {name: np.where(mask, x, np.float32(rubbish)) for name, x in floats(kwargs).items()}
+    of_tokens = {name: real_slots(mask, axes(fn, name)) for name in floats(fn, kwargs) if "T" in axes(fn, name)}
+    poisoned = {name: np.where(exists, kwargs[name], np.float32(rubbish)) for name, exists in of_tokens.items()}
     for some in [*({name: x} for name, x in poisoned.items()), poisoned]:
         value, gradients = value_and_gradients(fn, kwargs | some, w)
         np.testing.assert_array_equal(value, expected_value)
         for name, g in gradients.items():
             np.testing.assert_array_equal(g, expected[name], err_msg=f"gradient in {name}, {rubbish} in {[*some]}")
-            assert (g[:, ~mask] == 0).all()
+            assert name not in of_tokens or (g[:, ~of_tokens[name]] == 0).all()
 
 
 def law_of_unscored_results(fn):
     """A result a token is 0 where nothing is scored, whatever came in there: a plain sum is right as well."""
     kwargs, mask = arguments(fn)
-    kwargs |= {name: np.where(mask, x, np.float32(np.nan)) for name, x in floats(kwargs).items()}
+    for name, x in floats(fn, kwargs).items():
+        if "T" in axes(fn, name):
+            kwargs[name] = np.where(real_slots(mask, axes(fn, name)), x, np.float32(np.nan))
     for result in jax.tree.leaves(fn(**kwargs)):
         if result.shape == mask.shape:
             assert (np.asarray(result)[~mask] == 0).all()
@@ -203,11 +214,12 @@ def law_of_traced_hyperparameters(fn):
 
 def law_of_options_with_an_effect(fn):
     """13: a hyperparameter that changes no result is a promise that nobody keeps."""
-    kwargs, _ = arguments(fn)
-    default = jax.tree.leaves(fn(**kwargs))
+    batches = [arguments(fn, seed)[0] for seed in range(4)]
+    default = [jax.tree.leaves(fn(**kwargs)) for kwargs in batches]
     for name, x in hyperparameters(fn).items():
-        other = jax.tree.leaves(fn(**kwargs, **{name: 0.1 * x + 0.01}))
-        assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(default, other)), f"{name} has no effect"
+        other = [jax.tree.leaves(fn(**kwargs, **{name: 0.1 * x + 0.01})) for kwargs in batches]
+        pairs = zip(jax.tree.leaves(default), jax.tree.leaves(other))
+        assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs), f"{name} has no effect"
 
 
 def law_of_vmap(fn):
@@ -221,14 +233,51 @@ def law_of_vmap(fn):
 
 def law_of_devices(fn):
     """2: spread over eight devices it is the same number."""
-    kwargs, real = arguments(fn)
-    w = np.asarray(next(iter(rules(fn).values()))(real))
+    kwargs, mask = arguments(fn)
+    w = jax.tree.map(np.asarray, next(iter(rules(fn).values()))(mask))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    spread = {name: jax.device_put(x, rows) for name, x in kwargs.items()}
-    of = floats(spread)
-    got = measure(fn)(of, {k: v for k, v in spread.items() if k not in of}, jax.device_put(w, rows))
+    sharding = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    put = lambda x: jax.device_put(x, sharding("data") if x.ndim else sharding())
+    spread, of = jax.tree.map(put, kwargs), floats(fn, kwargs)
+    got = measure(fn)(
+        {k: v for k, v in spread.items() if k in of}, {k: v for k, v in spread.items() if k not in of},
+        jax.tree.map(put, w),
+    )  # fmt: skip
     assert_same(jax.tree.map(np.asarray, got), value_and_gradients(fn, kwargs, w))
+
+
+def law_of_second_derivatives(fn):
+    """Twice differentiable, with finite numbers, also where slots are masked."""
+    kwargs, mask = arguments(fn)
+    w, of = next(iter(rules(fn).values()))(mask), floats(fn, kwargs)
+    for name, exists in ((name, real_slots(mask, axes(fn, name))) for name in of):
+        if "T" in axes(fn, name):
+            kwargs[name] = np.where(exists, kwargs[name], np.float32(np.nan))
+    rest = {k: v for k, v in kwargs.items() if k not in of}
+
+    def total(of):
+        return sum(weights.weighted_sum(x, w[x.ndim]) for x in jax.tree.leaves(fn(**of, **rest)) if x.ndim)
+
+    of = {k: jnp.asarray(kwargs[k]) for k in of}
+    _, curvature = jax.jvp(jax.grad(total), (of,), (jax.tree.map(jnp.ones_like, of),))
+    for name, c in curvature.items():
+        assert np.isfinite(c).all(), name
+
+
+def law_of_bad_input(fn):
+    """14: another shape, whole numbers and numbers out of range are refused, each by its name."""
+    kwargs, _ = arguments(fn)
+    for name, x in kwargs.items():
+        wrong = np.zeros((*x.shape, 2), x.dtype)
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            fn(**kwargs | {name: wrong})
+        # lengths, labels and masks may be whole numbers; nats, logits, values and rewards may not
+        if axes(fn, name) == "B T V" or name in NATS:
+            with pytest.raises(ValueError, match=rf"\b{name}\b"):
+                fn(**kwargs | {name: np.ones(x.shape, np.int32)})
+    for name in hyperparameters(fn):
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            fn(**kwargs, **{name: float("nan")})
 
 
 def law_of_float32(fn):
@@ -256,14 +305,26 @@ def test_the_signature_has_arrays_and_numbers_and_no_switches(fn):
     law_of_signatures(fn)
 
 
-@EVERY
+@every(DOCUMENTED)
 def test_the_docstring_says_what_it_is_and_shows_it(fn):
     doc = inspect.getdoc(fn) or ""
-    assert doc.split("\n")[0].strip(), "no first line"
+    first = doc.split("\n")[0].strip()
+    assert first.endswith((".", ":")) or "." in first, "no first sentence"
     assert ">>> " in doc, "no example"
 
 
 @EVERY
+def test_the_docstring_gives_an_equation_arguments_and_a_source(fn):
+    """Of the function, or of the one whose arguments it says it has; a family may give its source in the module."""
+    doc = inspect.getdoc(fn)
+    module = inspect.getdoc(inspect.getmodule(fn)) or ""
+    assert any(sign in doc for sign in (" = ", "sum_", "log ", "^2")), "no equation"
+    assert "http" in doc + module, "no source"
+    for name in positional(fn):
+        assert f"{name}:" in doc or f"{name}," in doc or "``" in doc, f"{name} is not documented"
+
+
+@EVERY_OF_SINGLE_ROWS
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_microbatches_change_nothing(fn, parts):
     law_of_microbatches(fn, parts)
@@ -306,8 +367,27 @@ def test_it_can_be_vmapped(fn):
 
 
 @EVERY
+def test_it_can_be_differentiated_twice(fn):
+    law_of_second_derivatives(fn)
+
+
+@EVERY
 def test_float32_in_is_float32_out(fn):
     law_of_float32(fn)
+
+
+@EVERY
+def test_bad_input_is_refused_by_name(fn):
+    law_of_bad_input(fn)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @parameterized.named_parameters(*FUNCTIONS.items())
+    def test_jit_and_device_change_nothing(self, fn):
+        kwargs, _ = arguments(fn)
+        expected = fn(**kwargs)
+        chex.assert_trees_all_close(self.variant(fn)(**kwargs), expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- the laws themselves: each must catch the mistake that it is there for

@@ -1,6 +1,6 @@
 """Losses that raise the probability of given tokens: pre-training and supervised fine-tuning."""
 
-from pt_jax import checks, weights
+from pt_jax import weights
 
 
 def nll(logps, mask):
@@ -24,5 +24,5 @@ def nll(logps, mask):
     >>> print(nll(jnp.log(jnp.array([[1.0, 0.5, 0.25]])), jnp.array([[False, False, True]])).round(4))
     [[-0.     -0.      1.3863]]
     """
-    checks.shapes(logps=(logps, "B T"), mask=(mask, "B T"))
-    return -weights.zero_unscored(mask, logps)[0]
+    (logps,) = weights.scored(mask, logps=logps)
+    return -logps

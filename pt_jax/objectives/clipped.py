@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO and GRPO."""
+"""The clipped surrogate of PPO and GRPO: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,9 @@ from pt_jax import checks, weights
 
 def _log_ratio(logps, old_logps, advantages, mask, clip_low, clip_high):
     """log(p / p_old) and the advantages, both 0 where not scored, after the checks."""
-    checks.shapes(
-        logps=(logps, "B T"),
-        old_logps=(old_logps, "B T"),
-        advantages=(advantages, "B T"),
-        mask=(mask, "B T"),
-    )
+    logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
     checks.between("clip_low", clip_low, 0.0, 1.0)
     checks.between("clip_high", clip_high, 0.0, float("inf"))
-    logps, old_logps, advantages = weights.zero_unscored(mask, logps, old_logps, advantages)
     return logps - jax.lax.stop_gradient(old_logps), jax.lax.stop_gradient(advantages)
 
 
@@ -59,6 +53,8 @@ def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_
 
 def clip_indicators(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
     """Where the clip takes the gradient away: two [B, T] float32 of 0 and 1, below the interval and above it.
+
+        low = [ratio < 1 - clip_low and A < 0],   high = [ratio > 1 + clip_high and A > 0]
 
     Below counts with a negative advantage only and above with a positive one, because only there does the clipped
     branch win. Arguments as ``clipped_surrogate``.

@@ -14,7 +14,7 @@ def _moments(rewards):
     size = checks.shapes(rewards=(rewards, "P G"))
     if size["G"] < 2:
         raise ValueError(f"rewards has groups of {size['G']}: a group needs at least 2 answers to be compared")
-    rewards = jnp.asarray(rewards, jnp.float32)
+    rewards = jnp.asarray(rewards, jnp.promote_types(jnp.result_type(rewards), jnp.float32))
     judged = ~jnp.isnan(rewards)
     # The mean of G copies of 0.35 in float32 is not 0.35; that of G zeros is 0. Without this shift, groups of equal
     # rewards get advantages of 1e-8 / (0 + epsilon) instead of 0.

@@ -22,7 +22,7 @@ def implicit_reward(logps, ref_logps, *, beta=0.1):
     >>> print(implicit_reward(jnp.array([-1.0]), jnp.array([-3.0]), beta=0.5))
     [1.]
     """
-    checks.shapes(logps=(logps, "B"), ref_logps=(ref_logps, "B"))
+    logps, ref_logps = checks.rows(logps=logps, ref_logps=ref_logps)
     checks.positive("beta", beta)
     return beta * (logps - ref_logps)
 
@@ -58,11 +58,8 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing
     >>> print(dpo(chosen, rejected, ref_chosen, ref_rejected, beta=1.0).round(4))
     [0.0953]
     """
-    checks.shapes(
-        chosen=(chosen, "B"),
-        rejected=(rejected, "B"),
-        ref_chosen=(ref_chosen, "B"),
-        ref_rejected=(ref_rejected, "B"),
+    chosen, rejected, ref_chosen, ref_rejected = checks.rows(
+        chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     h = implicit_reward(chosen, ref_chosen, beta=beta) - implicit_reward(rejected, ref_rejected, beta=beta)
