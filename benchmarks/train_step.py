@@ -6,13 +6,9 @@ One JSON line: tokens a second of an SFT step of the quickstart's model, and the
 operations a parameter and token, and those of attention) at the rate that a large product reaches in the same run.
 """
 
-import json
-import time
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 import numpy as np
+from common import best, peak, report
 
 from pt_jax import models, training
 from pt_jax.recipes import sft
@@ -20,24 +16,6 @@ from pt_jax.training import optimizers
 
 CONFIG = models.Config(vocab=512, layers=4, width=160, heads=5, kv_heads=5, head_width=32, hidden=432, tied=False)
 ROWS, LENGTH, STEPS = 16, 64, 20
-
-
-def best(run, repeats: int = 5) -> float:
-    """The shortest of several runs, in seconds: noise on a shared machine only ever adds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def peak(n: int = 2048) -> float:
-    """Operations a second of a float32 product of n x n matrices."""
-    a = jnp.ones((n, n))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, a))
-    return 2 * n**3 / best(partial(product, a, a))
 
 
 def main():
@@ -62,11 +40,8 @@ def main():
     attention = 2 * CONFIG.layers * LENGTH * CONFIG.heads * CONFIG.head_width  # q k and p v, a token
     operations = 6 * (matrices + attention) * ROWS * LENGTH
     rate, floor = ROWS * LENGTH / seconds, ROWS * LENGTH * peak() / operations
-    print(json.dumps({
-        "name": "train_step/sft", "value": round(rate), "unit": "tokens/s", "floor": round(floor),
-        "share_of_floor": round(rate / floor, 3), "config": {"parameters": models.decoder.count(params), "rows": ROWS,
-        "length": LENGTH}, "versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind,
-    }))  # fmt: skip
+    config = {"parameters": models.decoder.count(params), "rows": ROWS, "length": LENGTH}
+    report("train_step/sft", rate, "tokens/s", floor, config)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,29 @@ class NllTest(parameterized.TestCase):
         np.testing.assert_array_equal(slopes, -MASK.astype(np.float32))
 
 
+class DftTest(parameterized.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_the_equation(self):
+        got = self.variant(likelihood.dft)(LOGPS, MASK)
+        assert got.dtype == jnp.float32
+        x = np.where(MASK, LOGPS, 0).astype(np.float64)
+        np.testing.assert_allclose(got, np.where(MASK, -np.exp(x) * x, 0), rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_its_gradient_is_the_probability(self):
+        """Not that of -p log p, which is -p (1 + log p): the factor is held constant."""
+        slopes = self.variant(jax.grad(lambda x, mask: likelihood.dft(x, mask).sum()))(LOGPS, MASK)
+        np.testing.assert_allclose(slopes, np.where(MASK, -np.exp(np.where(MASK, LOGPS, 0)), 0), rtol=1e-5)
+
+
+def test_dft_of_an_impossible_token_is_nothing_and_pulls_at_nothing():
+    value, slopes = jax.value_and_grad(lambda x: likelihood.dft(x, np.ones((1, 2), bool)).sum())(
+        jnp.array([[0.0, -jnp.inf]])
+    )
+    assert value == 0
+    np.testing.assert_array_equal(slopes, [[-1, 0]])
+
+
 def test_a_prompt_in_the_mask_is_another_loss():
     """Pre-training scores it, fine-tuning does not; nothing but the mask tells them apart."""
     logps, everything = np.full((1, 4), -2.0, np.float32), np.ones((1, 4), bool)

@@ -1,0 +1,44 @@
+"""What the benchmarks share: timing, the machine's own limits, and the line that each result is printed as."""
+
+import json
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def best(run, repeats: int = 5) -> float:
+    """The shortest of several runs, in seconds: noise on a shared machine only ever adds."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak(n: int = 2048) -> float:
+    """Operations a second of a float32 product of n x n matrices."""
+    a = jnp.ones((n, n))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    return 2 * n**3 / best(partial(product, a, a))
+
+
+def bandwidth(n: int = 2**26) -> float:
+    """Bytes a second read and written by adding 1 to n float32 numbers, far more than a cache holds."""
+    x = jnp.ones(n)
+    add = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(add(x))
+    return 8 * n / best(partial(add, x))
+
+
+def report(name: str, value: float, unit: str, floor: float, config: dict, **more):
+    """One JSON line. ``floor`` is the same work at the machine's measured limit, in the same unit."""
+    share = floor / value if unit in ("s", "us", "ms") else value / floor  # of times, and of rates
+    print(json.dumps({
+        "name": name, "value": float(f"{value:.4g}"), "unit": unit, "floor": float(f"{floor:.4g}"),
+        "share_of_floor": round(share, 3), **more, "config": config, "versions": {"jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+    }))  # fmt: skip
