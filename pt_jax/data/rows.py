@@ -15,6 +15,7 @@ chat template:
 """
 
 import json
+import math
 import pathlib
 
 KINDS = {
@@ -54,8 +55,9 @@ def read(path, *, kinds=tuple(KINDS)) -> list[dict]:
 
 
 def write_jsonl(path, rows) -> None:
-    """Writes rows as JSON, one a line."""
-    pathlib.Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes rows as JSON in UTF-8, one a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def _jsonl(path):
@@ -69,6 +71,8 @@ def _jsonl(path):
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as e:
                 raise ValueError(f"{path}:{number}: is not JSON ({e.msg} at column {e.colno})") from e
+            except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+                raise ValueError(f"{path}:{number}: is not JSON that can be read ({e})") from e
 
 
 def _dataset(path):
@@ -79,6 +83,10 @@ def _dataset(path):
         data = read(str(path))
     except Exception as e:  # the library raises a dozen kinds, some of them bare
         raise ValueError(f"{path}: the datasets library cannot read it ({type(e).__name__}: {e})") from e
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(
+            f"{path}: holds the splits {', '.join(data)}; give the folder of one, {path / next(iter(data))}"
+        )
     for number, row in enumerate(data, 1):
         yield f"{path}:{number}", {k: v for k, v in row.items() if v is not None}
 
@@ -92,8 +100,9 @@ def _checked(row, source, kinds):
         raise ValueError(f"{source}: has the columns {', '.join(sorted(row)) or '(none)'}; expected {expected}")
     for column in KINDS[kind]:
         if column == "answer":  # for the reward to judge
-            if not isinstance(row[column], str | int | float):
-                raise ValueError(f"{source}: answer must be a string or a number, got {row[column]!r:.60}")
+            number = isinstance(row[column], int | float) and not isinstance(row[column], bool)
+            if not isinstance(row[column], str) and not (number and math.isfinite(row[column])):
+                raise ValueError(f"{source}: answer must be a string or a finite number, got {row[column]!r:.60}")
         else:
             _check_text(row[column], f"{source}: {column}", chat_only=column == "messages")
     texts = [row[c] for c in KINDS[kind] if c != "answer"]

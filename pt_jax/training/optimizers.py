@@ -18,7 +18,8 @@ def adamw(
 ):
     """AdamW with warm-up, a linear decay of the rate, and the gradient clipped by its global norm.
 
-    Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Norms are not decayed.
+    Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Norms and biases are not decayed: leaves
+    whose name ends in "norm", or is "scale" or "bias" as in flax.
 
     Args:
       learning_rate: the highest.
@@ -34,7 +35,12 @@ def adamw(
     """
     checks.positive("learning_rate", learning_rate)
     checks.positive("clip", clip)
+    checks.positive("steps", steps)
     checks.between("warmup", warmup, 0.0, 1.0)
+    if not 0 <= final <= 1:
+        raise ValueError(f"final must be from 0 to 1, got {final}")
+    checks.between("weight_decay", weight_decay, 0.0, float("inf"))
+    checks.between("b2", b2, 0.0, 1.0)
     rise = round(warmup * steps)
     rate = optax.join_schedules(
         [
@@ -43,8 +49,13 @@ def adamw(
         ],
         [rise],
     )
-    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not _is_norm(path), params)
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decayed),
     )
+
+
+def _is_norm(path) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return name.endswith("norm") or name in ("scale", "bias")

@@ -89,8 +89,12 @@ def test_a_separator_inside_a_string_ends_no_line(tmp_path):
          r"some columns are strings and some are messages; all must be of one form"),
         ('{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}',
          r"some columns are strings and some are messages"),
-        ('{"prompt": "a", "answer": null}', r"answer must be a string or a number, got None"),
-        ('{"prompt": "a", "answer": ["4"]}', r"answer must be a string or a number, got \['4'\]"),
+        ('{"prompt": "a", "answer": null}', r"answer must be a string or a finite number, got None"),
+        ('{"prompt": "a", "answer": true}', r"answer must be a string or a finite number, got True"),
+        ('{"prompt": "a", "answer": NaN}', r"answer must be a string or a finite number, got nan"),
+        pytest.param('{"text": ' + "1" * 5000 + "}", r"is not JSON that can be read", id="5000 digits"),
+        pytest.param("[" * 100_000, r"is not JSON that can be read", id="100000 brackets"),
+        ('{"prompt": "a", "answer": ["4"]}', r"answer must be a string or a finite number, got \['4'\]"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
@@ -175,3 +179,15 @@ def test_what_the_datasets_library_cannot_read_is_told(tmp_path, data_sets):
     for name in ("rows.parquet", "folder"):
         with pytest.raises(ValueError, match=rf"{name}: the datasets library cannot read it"):
             rows.read(tmp_path / name)
+
+
+def test_a_folder_of_splits_asks_for_one_of_them(tmp_path):
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "folder"))
+    with pytest.raises(
+        ValueError, match=r"folder: holds the splits train, test; give the folder of one, .*folder/train"
+    ):
+        rows.read(tmp_path / "folder")
+    assert rows.read(tmp_path / "folder" / "train")[0]["text"] == "train"

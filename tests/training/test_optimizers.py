@@ -107,9 +107,29 @@ def test_the_gradient_is_clipped_by_the_norm_of_all_of_it():
         ({"learning_rate": float("nan")}, r"learning_rate must be above 0, got nan"),
         ({"clip": 0.0}, r"clip must be above 0, got 0.0"),
         ({"warmup": 1.0}, r"warmup must be in \[0.0, 1.0\), got 1.0"),
+        ({"steps": 0}, r"steps must be above 0, got 0"),
+        ({"final": 1.5}, r"final must be from 0 to 1, got 1.5"),
+        ({"final": float("nan")}, r"final must be from 0 to 1, got nan"),
+        ({"weight_decay": -0.1}, r"weight_decay must be in \[0.0, inf\), got -0.1"),
+        ({"b2": 1.0}, r"b2 must be in \[0.0, 1.0\), got 1.0"),
         ({"warmup": -0.1}, r"warmup must be in \[0.0, 1.0\), got -0.1"),
     ],
 )
 def test_a_number_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         optimizers.adamw(**{"learning_rate": 0.1, "steps": 3} | options)
+
+
+def test_norms_and_biases_are_not_decayed_whatever_the_tree():
+    """Ours, flax's names, and a tree without names."""
+    params = {"attn_norm": jnp.ones(1), "w": jnp.ones(1), "LayerNorm_0": {"scale": jnp.ones(1), "bias": jnp.ones(1)}}
+    optimizer = optimizers.adamw(0.1, 10, weight_decay=0.5)
+    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = optimizer.update(zero(params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, u in jax.tree.leaves_with_path(updates) if u[0]
+    }
+    assert moved == {"w"}
+    listed = [jnp.ones(1), jnp.ones(1)]
+    updates, _ = optimizer.update(zero(listed), optimizer.init(listed), listed)
+    assert all(u[0] < 0 for u in updates)
