@@ -19,7 +19,7 @@ def adamw(
     """AdamW with warm-up, a linear decay of the rate, and the gradient clipped by its global norm.
 
     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Norms and biases are not decayed: leaves
-    whose name ends in "norm", or is "scale" or "bias" as in flax.
+    whose name ends in "norm" or "bias", or is flax's "scale".
 
     Args:
       learning_rate: the highest.
@@ -58,4 +58,4 @@ def adamw(
 
 def _is_norm(path) -> bool:
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return name.endswith("norm") or name in ("scale", "bias")
+    return name.endswith(("norm", "bias")) or name == "scale"

@@ -27,6 +27,11 @@ LAYOUT = {
     "gate": P(None, "fsdp", "tensor"),
     "up": P(None, "fsdp", "tensor"),
     "down": P(None, "tensor", "fsdp"),
+    "wq_bias": P(None, "tensor", None),
+    "wk_bias": P(None, "tensor", None),
+    "wv_bias": P(None, "tensor", None),
+    "gate_bias": P(None, "tensor"),
+    "up_bias": P(None, "tensor"),
 }
 
 

@@ -18,6 +18,7 @@ import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 
 from pt_jax.models import Config, apply, load, save
+from pt_jax.models.huggingface import read_config
 
 REFERENCE = json.loads((pathlib.Path(__file__).parents[1] / "reference" / "decoder.json").read_text())
 
@@ -237,30 +238,57 @@ def test_a_config_that_is_cut_off(folder):
     refused(folder, r"config\.json: is not JSON")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gemma3_text", None])
+@pytest.mark.parametrize("family", ["gpt_neox", "granite", "gemma3", None])
 def test_a_family_that_is_not_known(folder, family):
     write(folder, SMALL | {"model_type": family}, tensors_of(SMALL))
-    refused(folder, "model_type", str(family), "llama, qwen3")
+    refused(folder, "model_type", str(family), "llama, mistral")
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("fields", "words"),
     [
-        ("rope_parameters", LLAMA3),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("hidden_act", "gelu"),
-        ("use_sliding_window", True),
-        ("layer_types", ["full_attention", "sliding_attention"]),
+        ({"rope_parameters": DYNAMIC}, ["rope_type is 'dynamic'", "only 'default', 'linear', .* computed"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "ntk"}}, ["rope_type is 'ntk'"]),
+        ({"hidden_act": "relu"}, ["hidden_act is 'relu'; only 'silu' or .* is computed"]),
+        ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types holds 'linear_attention'"]),
+    ],
+    ids=str,
+)
+def test_arithmetic_that_is_not_computed(folder, fields, words):
+    refused(write(folder, SMALL | fields), r"config\.json", *words)
+
+
+@pytest.mark.parametrize(
+    ("rope", "missing"),
+    [
+        ({"rope_type": "default"}, "rope_theta"),
+        ({"rope_type": "linear", "rope_theta": 1e4}, "factor"),
+        ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}, "low_freq_factor"),
+        ({"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}, "short_factor"),
     ],
 )
-def test_arithmetic_that_is_not_computed(folder, field, value):
-    named = "rope_type is 'llama3'" if value is LLAMA3 else f"{field} (is|holds)"
-    refused(write(folder, SMALL | {field: value}), r"config\.json", named, "only .* is computed")
+def test_a_scaling_without_one_of_its_numbers(folder, rope, missing):
+    refused(write(folder, SMALL | {"rope_parameters": rope}), "rope_parameters: lacks the field", missing)
+
+
+@pytest.mark.parametrize("rope", [None, {"type": "linear", "factor": 3.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_fields_of_transformers_4_are_those_of_5(folder, rope):
+    """Most checkpoints in the world were written by 4: rope_theta beside rope_scaling."""
+    fields = {n: x for n, x in SMALL.items() if n not in ("rope_parameters", "rope_theta")}
+    old = read_config(write(folder, fields | {"rope_theta": 3e4, "rope_scaling": rope}))
+    new = {"rope_type": "default"} | (rope or {})
+    new = {"rope_type": new.pop("type", new["rope_type"]), **{n: x for n, x in new.items() if n != "rope_type"}}
+    (folder / "config.json").write_text(json.dumps(fields | {"rope_parameters": new | {"rope_theta": 3e4}}))
+    assert read_config(folder) == old
+    assert old.rope_base == 3e4 and (old.rope_scaling is None) == (rope is None)
+
+
+def test_biases_that_the_config_announces_are_needed(folder):
+    """transformers would initialise them to 0."""
+    refused(write(folder, SMALL | {"attention_bias": True}), "lack the tensor .*q_proj.bias")
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
