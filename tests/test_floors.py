@@ -13,7 +13,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "pt_jax"
 FLOORS = [
     {"checks", "folders"},
     {"weights", "tracking", "rewards"},
-    {"logps", "divergences", "advantages", "losses", "objectives", "models", "data"},
+    {"logps"},
+    {"divergences"},
+    {"advantages", "losses", "objectives", "models", "data"},
     {"sampling", "training"},
     {"recipes", "evaluation", "scale"},
     {"commands"},

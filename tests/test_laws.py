@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from law_arguments import NATS, WHOLE_BATCH, arguments, axes, of_groups, positional, real_slots
+from law_arguments import NATS, OTHER, WHOLE_BATCH, arguments, axes, of_groups, positional, real_slots
 
 from pt_jax import advantages, divergences, logps, losses, objectives, weights
 
@@ -87,7 +87,20 @@ def rules(fn):
 
 def floats(fn, kwargs):
     """What is differentiated: log-probabilities, logits, values; not lengths, labels and rewards of groups."""
-    return {name: x for name, x in kwargs.items() if x.dtype == np.float32 and axes(fn, name) != "P G"}
+    of_groups = lambda name: not {"P", "F"}.isdisjoint(axes(fn, name).split())
+    return {name: x for name, x in kwargs.items() if x.dtype == np.float32 and not of_groups(name)}
+
+
+def of_the_batch(fn, name):
+    """Whether an argument has an entry a row of the batch; numbers, and weights of reward functions, have none."""
+    return axes(fn, name)[:1] in ("B", "P")
+
+
+def weighed(fn, results, w):
+    """The weighted sum of each result; what is a number for the whole batch, as it is."""
+    alone = name_of(fn) in WHOLE_BATCH
+    results = [x for x in jax.tree.leaves(results) if x.ndim or alone]
+    return [weights.weighted_sum(x, w[x.ndim]) if x.ndim else x for x in results]
 
 
 @functools.cache
@@ -95,8 +108,7 @@ def measure(fn):
     """``(floats, rest, w) -> (weighted sums of fn's results, their gradients)``, compiled once a shape."""
 
     def sums(floats, rest, w):
-        results = [x for x in jax.tree.leaves(fn(**floats, **rest)) if x.ndim]
-        return jnp.stack([weights.weighted_sum(x, w[x.ndim]) for x in results])
+        return jnp.stack(weighed(fn, fn(**floats, **rest), w))
 
     def measured(floats, rest, w):
         if not floats:
@@ -129,9 +141,10 @@ def law_of_microbatches(fn, parts):
     """2: the weights are made over the whole batch; after that, parts of it just add."""
     kwargs, mask = arguments(fn)
     deal = lambda x: np.asarray(x).reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    share = lambda x: np.stack([x] * parts)
     for rule in rules(fn).values():
         w = rule(mask)
-        dealt = {name: deal(x) if x.ndim else np.stack([x] * parts) for name, x in kwargs.items()}
+        dealt = {name: deal(x) if of_the_batch(fn, name) else share(x) for name, x in kwargs.items()}
         dealt_w = jax.tree.map(deal, w)
         measured = [
             value_and_gradients(fn, {k: x[i] for k, x in dealt.items()}, {n: x[i] for n, x in dealt_w.items()})
@@ -153,11 +166,11 @@ def law_of_padding(fn):
     """2: columns and rows that only fill up change nothing, whatever is in them."""
     kwargs, mask = arguments(fn)
     rows = (0, 0) if WHOLE_BATCH.get(name_of(fn)) else (1, 3)
-    widths = {"B": rows, "P": rows, "T": (2, 1), "G": (2, 1), "V": (0, 0)}
+    widths = {"B": rows, "P": rows, "T": (2, 1), "G": (2, 1), "V": (0, 0), "F": (0, 0)}
 
     def pad(x, letters):
-        fill = False if x.dtype == bool else np.nan if letters == "P G" else 7.7
-        return np.pad(x, [widths[axis] for axis in letters.split()], constant_values=fill)
+        fill = False if x.dtype == bool else np.nan if letters.startswith("P G") else 7.7
+        return np.pad(x, [widths[axis] for axis in letters.split()], constant_values=fill) if letters else x
 
     def inside(letters):
         return tuple(slice(widths[axis][0], -widths[axis][1] or None) for axis in letters.split())
@@ -217,7 +230,7 @@ def law_of_options_with_an_effect(fn):
     batches = [arguments(fn, seed)[0] for seed in range(4)]
     default = [jax.tree.leaves(fn(**kwargs)) for kwargs in batches]
     for name, x in hyperparameters(fn).items():
-        other = [jax.tree.leaves(fn(**kwargs, **{name: 0.1 * x + 0.01})) for kwargs in batches]
+        other = [jax.tree.leaves(fn(**kwargs, **{name: OTHER.get(name, 0.1 * x + 0.01)})) for kwargs in batches]
         pairs = zip(jax.tree.leaves(default), jax.tree.leaves(other))
         assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs), f"{name} has no effect"
 
@@ -237,8 +250,8 @@ def law_of_devices(fn):
     w = jax.tree.map(np.asarray, next(iter(rules(fn).values()))(mask))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-    put = lambda x: jax.device_put(x, sharding("data") if x.ndim else sharding())
-    spread, of = jax.tree.map(put, kwargs), floats(fn, kwargs)
+    put = lambda x, spread=True: jax.device_put(x, sharding("data") if spread else sharding())
+    spread, of = {name: put(x, of_the_batch(fn, name)) for name, x in kwargs.items()}, floats(fn, kwargs)
     got = measure(fn)(
         {k: v for k, v in spread.items() if k in of}, {k: v for k, v in spread.items() if k not in of},
         jax.tree.map(put, w),
@@ -256,7 +269,7 @@ def law_of_second_derivatives(fn):
     rest = {k: v for k, v in kwargs.items() if k not in of}
 
     def total(of):
-        return sum(weights.weighted_sum(x, w[x.ndim]) for x in jax.tree.leaves(fn(**of, **rest)) if x.ndim)
+        return sum(weighed(fn, fn(**of, **rest), w))
 
     of = {k: jnp.asarray(kwargs[k]) for k in of}
     _, curvature = jax.jvp(jax.grad(total), (of,), (jax.tree.map(jnp.ones_like, of),))

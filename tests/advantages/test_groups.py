@@ -186,3 +186,120 @@ def test_trl_passes_over_the_same_unjudged_answer(trl):
     n = np.sum(~np.isnan(rewards), 1, keepdims=True)
     got = advantages.group_centred(rewards) * (n / (n - 1)).astype(np.float32)
     np.testing.assert_allclose(got.ravel(), case.outputs.advantages, rtol=1e-5)
+
+
+# ---- the denominators that one name stands for
+
+GOLDEN = np.array([[1.0, 2.0, 3.0, 6.0]], np.float32)  # mean 3, squares 4 + 1 + 0 + 9 = 14
+CENTRED = np.array([[-2.0, -1.0, 0.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("fn", "denominator"),
+    [
+        (advantages.group_relative, np.sqrt(14 / 4) + 1e-4),
+        (advantages.group_relative_inside_root, np.sqrt(14 / 4 + 1e-8)),
+        (advantages.group_relative_deepseek, np.sqrt(14 / 4)),
+        (advantages.group_relative_article, np.sqrt(14 / 4 + 1e-8)),
+        (advantages.group_relative_trl, np.sqrt(14 / 3) + 1e-4),
+        (advantages.group_relative_verl, np.sqrt(14 / 3) + 1e-6),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_each_preset_has_its_own_denominator(fn, denominator):
+    np.testing.assert_allclose(fn(GOLDEN), CENTRED / denominator, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (advantages.group_relative, 0.5),  # 1e-4 / (1e-4 + 1e-4)
+        (advantages.group_relative_article, np.sqrt(0.5)),  # 1e-4 / sqrt(1e-8 + 1e-8)
+        (advantages.group_relative_deepseek, 1.0),
+        (advantages.group_relative_trl, 1 / (np.sqrt(2) + 1)),
+        (advantages.group_relative_verl, 1 / (np.sqrt(2) + 0.01)),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_the_presets_part_where_rewards_hardly_differ(fn, expected):
+    np.testing.assert_allclose(fn(np.array([[0.0, 2e-4]], np.float32)), [[-expected, expected]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_deviation_of_a_sample_is_larger_by_the_root_of_g_over_g_less_one(size):
+    rewards = np.arange(size, dtype=np.float32)[None] ** 2
+    of_these, of_all = (np.asarray(advantages.group_relative(rewards, ddof=d, epsilon=1e-9)) for d in (0, 1))
+    np.testing.assert_allclose(of_these, np.sqrt(size / (size - 1)) * of_all, rtol=1e-5)
+
+
+RELATIVE = [
+    advantages.group_relative,
+    advantages.group_relative_article,
+    advantages.group_relative_deepseek,
+    advantages.group_relative_trl,
+    advantages.group_relative_verl,
+]
+
+
+@pytest.mark.parametrize("fn", RELATIVE, ids=lambda fn: fn.__name__)
+def test_normalised_once_is_normalised_for_good(fn):
+    """Dividing by the deviation a second time must do nothing, or somewhere it is done twice."""
+    ddof = 1 if fn in RELATIVE[3:] else 0
+    once = np.asarray(fn(GOLDEN))
+    np.testing.assert_allclose(once.std(ddof=ddof), 1, rtol=1e-3)
+    np.testing.assert_allclose(fn(once), once, rtol=2e-4, atol=1e-6)
+
+
+# ---- deviation, leave one out
+
+
+@given(st.data())
+def test_the_deviation_is_that_of_numpy(data):
+    p, g = data.draw(st.sampled_from([(1, 2), (3, 5)]))
+    reward = st.one_of(st.floats(-10, 10, width=16), st.just(nan))
+    rewards = np.array(data.draw(st.lists(reward, min_size=p * g, max_size=p * g)), np.float32).reshape(p, g)
+    for ddof in (0, 1):
+        expected = [np.std(r[~np.isnan(r)], ddof=ddof) if sum(~np.isnan(r)) > ddof else nan for r in rewards * 1.0]
+        np.testing.assert_allclose(DEVIATION(rewards, ddof=float(ddof)), expected, rtol=1e-4, atol=1e-5)
+
+
+DEVIATION = jax.jit(advantages.group_deviation)
+
+
+def test_a_group_that_teaches_nothing_is_known_by_its_deviation_of_zero():
+    got = advantages.group_deviation(np.array([[0.35] * 7, [0.35] * 6 + [0.36]], np.float32))
+    assert got[0] == 0 < got[1]
+
+
+LEAVE_ONE_OUT = jax.jit(advantages.leave_one_out)
+
+
+@given(st.data())
+def test_leaving_one_out_compares_with_the_mean_of_the_others(data):
+    p, g = data.draw(st.sampled_from([(1, 2), (3, 5)]))
+    reward = st.one_of(st.floats(-10, 10, width=32), st.sampled_from([0.35, 0.4, nan]))
+    rewards = np.array(data.draw(st.lists(reward, min_size=p * g, max_size=p * g)), np.float32).reshape(p, g)
+    expected = np.zeros((p, g))
+    for i, j in np.ndindex(p, g):
+        others = [np.float64(r) for h, r in enumerate(rewards[i]) if h != j and not np.isnan(r)]
+        expected[i, j] = 0 if np.isnan(rewards[i, j]) or not others else rewards[i, j] - np.mean(others)
+    np.testing.assert_allclose(LEAVE_ONE_OUT(rewards), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 16])
+@pytest.mark.parametrize(("most", "outlier"), [(0.35, 0.4), (0.35, 0.3), (0.4, 0.35)])
+def test_leaving_one_out_leaves_no_residue(size, most, outlier):
+    """The n - 1 equal ones differ from each other by exactly nothing, and from the outlier by one (n - 1)-th of it."""
+    rewards = np.full((1, size), most, np.float32)
+    rewards[0, -1] = outlier
+    got = np.asarray(advantages.leave_one_out(rewards), np.float64)[0]
+    gap = np.float64(np.float32(outlier)) - np.float64(np.float32(most))
+    np.testing.assert_array_equal(got[:-1], got[0])
+    np.testing.assert_allclose(got, [-gap / (size - 1)] * (size - 1) + [gap], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ddof", [-0.5, 2.0, nan])
+def test_a_ddof_out_of_range_is_refused(ddof):
+    for fn in (advantages.group_relative, advantages.group_relative_inside_root, advantages.group_deviation):
+        with pytest.raises(ValueError, match="ddof must be in"):
+            fn(REWARDS, ddof=ddof)

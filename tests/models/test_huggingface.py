@@ -70,10 +70,8 @@ def tensors_of(fields, seed=0):
 def derived(shapes, seed):
     """Weights that are the same everywhere, and far from initial ones; ``test_parity.py`` derives them alike."""
     draw = np.random.RandomState(seed).standard_normal  # a stream that numpy has promised never to change
-    return {
-        name: (1 + 0.3 * draw(shape) if len(shape) == 1 else 0.25 * draw(shape)).astype(np.float32)
-        for name, shape in sorted(shapes.items())
-    }
+    around = lambda name, shape: 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0
+    return {name: (around(name, s) + 0.3 * draw(s)).astype(np.float32) for name, s in sorted(shapes.items())}
 
 
 def write(folder, fields=SMALL, tensors=None, shards=None, **other):

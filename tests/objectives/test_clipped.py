@@ -6,6 +6,7 @@ import pytest
 from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
+from objective_batches import batches, compiled, far
 
 from pt_jax import divergences, weights
 from pt_jax.objectives import clipped
@@ -205,3 +206,59 @@ def test_trl_computes_the_same_loss_gradient_and_clip_ratios(trl, name):
     if options.beta:
         kl = divergences.k3(inputs.per_token_logps, inputs.ref_per_token_logps, mask)
         np.testing.assert_allclose(token_mean(kl), case.metrics["kl"], rtol=1e-5)
+
+
+# ---- dual clip
+
+
+def dual_by_the_equation(logps, old_logps, advantages, mask, clip_low, clip_high, clip_dual):
+    loss, slope, _, _ = by_the_equation(logps, old_logps, advantages, mask, clip_low, clip_high)
+    for i in zip(*np.nonzero(mask)):
+        least = (1 + clip_dual) * np.float64(advantages[i])
+        if advantages[i] < 0 and -loss[i] < least:
+            loss[i], slope[i] = -least, 0
+    return loss, slope
+
+
+DUAL = {"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 1.5}
+FAST_DUAL = compiled(clipped.dual_clip)
+
+
+@given(batches())
+def test_the_equation_of_the_dual_clip(batch):
+    logps, old_logps, mask = batch[0], batch[1], batch[3]
+    ratio = np.exp(np.where(mask, logps, 0) - np.where(mask, old_logps, 0.0))
+    if all(np.abs(ratio - bound).min() > 1e-5 for bound in (0.8, 1.3, 2.5)):
+        for got, expected in zip(FAST_DUAL(*batch, **DUAL), dual_by_the_equation(*batch, **DUAL)):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-30)
+
+
+def test_the_dual_clip_has_one_corner_more():
+    ratio = np.array([0.5, 0.9, 1.1, 2.0, 9.0])
+    logps = np.log(np.stack([ratio, ratio])).astype(np.float32)
+    advantages = np.repeat(np.float32([[1], [-1]]), 5, axis=1)
+    loss, slope = FAST_DUAL(logps, np.zeros_like(logps), advantages, np.ones((2, 5), bool), clip_dual=2.0)
+    np.testing.assert_allclose(loss, [[-0.5, -0.9, -1.1, -1.2, -1.2], [0.8, 0.9, 1.1, 2.0, 3.0]], rtol=1e-6)
+    np.testing.assert_allclose(slope, [[-0.5, -0.9, -1.1, 0, 0], [0, 0.9, 1.1, 2.0, 0]], rtol=1e-6)
+
+
+def test_the_dual_bound_is_for_negative_advantages_alone():
+    good = (*BATCH[:2], np.abs(BATCH[2]), MASK)
+    np.testing.assert_array_equal(clipped.dual_clip(*good, clip_dual=0.25), clipped.clipped_surrogate(*good))
+    far_off = clipped.dual_clip(*BATCH, clip_dual=1e9)
+    np.testing.assert_array_equal(far_off, clipped.clipped_surrogate(*BATCH))
+
+
+def test_intellects_two_sided_clipping_is_the_dual_clip():
+    """-min(min(ratio, delta) A, clip(ratio) A), as they write it."""
+    ratio, a, delta = np.where(MASK, RATIOS, 1), np.where(MASK, ADVANTAGES, 0), 1.7
+    expected = -np.minimum(np.minimum(ratio, delta) * a, np.clip(ratio, 0.8, 1.3) * a)
+    got = clipped.dual_clip(*BATCH, clip_low=0.2, clip_high=0.3, clip_dual=delta - 1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [50.0, -50.0, 200.0])
+def test_a_ratio_far_away_cannot_pass_the_dual_clip(gap):
+    loss, slope = FAST_DUAL(*far(gap, -1.0), **DUAL)
+    np.testing.assert_allclose(loss, [[2.5 if gap > 0 else 0.8] * 2], rtol=1e-6)
+    np.testing.assert_array_equal(slope, 0)

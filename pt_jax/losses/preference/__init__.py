@@ -1,5 +1,103 @@
 """Losses that learn from what people prefer: pairs of answers, or single answers judged good or bad."""
 
-from pt_jax.losses.preference.paired import dpo, implicit_reward
+from pt_jax.losses.preference import scores
+from pt_jax.losses.preference.lengths import dpo_norm, ipo_norm, ld_sum
+from pt_jax.losses.preference.online import (
+    a2po,
+    best_against_worst,
+    nash_md,
+    nash_md_token_kl,
+    optimal_value,
+    wpo_weights,
+    xpo,
+    xpo_bonus,
+)
+from pt_jax.losses.preference.paired import (
+    discopop,
+    dpo,
+    dpop,
+    exo,
+    hinge,
+    implicit_reward,
+    ipo,
+    log_ratios,
+    odpo,
+    robust_dpo,
+    slic,
+)
+from pt_jax.losses.preference.reference import soft_update
+from pt_jax.losses.preference.reference_free import (
+    alpha_reward,
+    alphapo,
+    cpo,
+    cpo_hinge,
+    cpo_ipo,
+    log_odds,
+    orpo,
+    simpo,
+    tpo,
+    tpo_l,
+)
+from pt_jax.losses.preference.separate import apo_down, apo_zero, bco_pair, nca, sppo, sppo_hard
+from pt_jax.losses.preference.transport import aot, aot_unpaired
+from pt_jax.losses.preference.unpaired import (
+    MovingMidpoint,
+    RunningMean,
+    apo_zero_unpaired,
+    bco,
+    density_ratio,
+    kto,
+    mismatched_kl,
+)
 
-__all__ = ["dpo", "implicit_reward"]
+__all__ = [
+    "MovingMidpoint",
+    "RunningMean",
+    "a2po",
+    "alpha_reward",
+    "alphapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bco_pair",
+    "best_against_worst",
+    "cpo",
+    "cpo_hinge",
+    "cpo_ipo",
+    "density_ratio",
+    "discopop",
+    "dpo",
+    "dpo_norm",
+    "dpop",
+    "exo",
+    "hinge",
+    "implicit_reward",
+    "ipo",
+    "ipo_norm",
+    "kto",
+    "ld_sum",
+    "log_odds",
+    "log_ratios",
+    "mismatched_kl",
+    "nash_md",
+    "nash_md_token_kl",
+    "nca",
+    "odpo",
+    "optimal_value",
+    "orpo",
+    "robust_dpo",
+    "scores",
+    "simpo",
+    "slic",
+    "soft_update",
+    "sppo",
+    "sppo_hard",
+    "tpo",
+    "tpo_l",
+    "wpo_weights",
+    "xpo",
+    "xpo_bonus",
+]
