@@ -52,6 +52,17 @@ def between(name: str, value, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
 
+def share(name: str, value) -> None:
+    """Fails unless ``0 <= value <= 1``. A traced value passes.
+
+    >>> share("alpha", 1.5)
+    Traceback (most recent call last):
+    ValueError: alpha must be in [0, 1], got 1.5
+    """
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def positive(name: str, value) -> None:
     """Fails unless ``value > 0``. A traced value passes.
 

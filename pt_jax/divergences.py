@@ -213,8 +213,7 @@ def generalized_jsd_shares(logits, ref_logits, mask, *, beta=0.5):
     >>> print(generalized_jsd_shares(p, q, jnp.array([[False, True]]), beta=1.0)[0, 1])  # p (log p - log q)
     [ 0.347 -0.203]
     """
-    if not isinstance(beta, jax.core.Tracer) and not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    checks.share("beta", beta)
     p, q = _log_probabilities(mask, logits=logits, ref_logits=ref_logits)
     inside = jnp.where((beta > 0) & (beta < 1), beta, 0.5)  # the logarithms are finite at the ends as well
     neither = jnp.isneginf(p) & jnp.isneginf(q)

@@ -14,8 +14,7 @@ from pt_jax import checks, weights
 
 
 def _discount(gamma):
-    if not isinstance(gamma, jax.core.Tracer) and not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    checks.share("gamma", gamma)
 
 
 def opd_advantages(logps, teacher_logps, mask):

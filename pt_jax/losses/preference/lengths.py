@@ -111,7 +111,6 @@ def ld_sum(logps, mask, other_length, *, alpha=0.5):
     """
     checks.shapes(logps=(logps, "B T"), other_length=(other_length, "B"))
     (logps,) = weights.scored(mask, logps=logps)
-    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    checks.share("alpha", alpha)
     shared = jnp.cumsum(mask, -1) <= jnp.asarray(other_length)[:, None]
     return jnp.where(shared, logps, alpha * logps).sum(-1)

@@ -29,8 +29,7 @@ def soft_update(params, ref_params, *, alpha=0.6):
     >>> print(soft_update({"w": jnp.array([1.0])}, {"w": jnp.array([3.0])}, alpha=0.25)["w"])
     [2.5]
     """
-    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    checks.share("alpha", alpha)
     if jax.tree.structure(params) != jax.tree.structure(ref_params):
         raise ValueError("ref_params has another structure than params")
 
