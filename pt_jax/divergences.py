@@ -36,8 +36,7 @@ from pt_jax.logps import align
 def _gap(logps, ref_logps, mask):
     """log r, and where it is infinite; 0 where not scored, and where both give the token probability 0."""
     logps, ref_logps = weights.scored(mask, logps=logps, ref_logps=ref_logps)
-    both = jnp.isneginf(logps) & jnp.isneginf(ref_logps)
-    return jnp.where(both, 0, ref_logps) - jnp.where(both, 0, logps)
+    return weights.log_ratio(ref_logps, logps)
 
 
 def k1(logps, ref_logps, mask):

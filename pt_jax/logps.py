@@ -96,6 +96,7 @@ def top_1_hits(logits, tokens):
     [[0. 1. 0.]]
     """
     checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
+    checks.floats(logits=logits)
     return align((jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]).astype(jnp.float32))
 
 
@@ -112,8 +113,8 @@ def sequence_logps(logps, mask):
     >>> print(sequence_logps(jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[True, True, False]])))
     [-3.]
     """
-    checks.shapes(logps=(logps, "B T"), mask=(mask, "B T"))
-    return weights.zero_unscored(mask, logps)[0].sum(-1)
+    (logps,) = weights.scored(mask, logps=logps)  # in float32: 2000 tokens added up in bfloat16 lose whole nats
+    return logps.sum(-1)
 
 
 class TokenScores(NamedTuple):
@@ -142,7 +143,8 @@ def token_scores(hidden, unembed, tokens, *, temperature=1.0, softcap=None, scal
         logps[b, t] = log softmax(z[b, t - 1])[tokens[b, t]],   and the others likewise
 
     The columns are scored a chunk at a time, and once more for the gradient: a third more products with the
-    unembedding, for B * chunk rows of logits in memory instead of B * T. What is not used costs nothing under jit.
+    unembedding, for B * chunk rows of logits in memory instead of B * T. An unembedding that is not in float32 already
+    is copied into it. What is not used costs nothing under jit.
 
     Args:
       hidden: [B, T, D] the last hidden states, after the final norm; row t scores token t + 1.

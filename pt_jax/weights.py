@@ -141,6 +141,27 @@ def scored(mask, **arrays):
     return zero_unscored(mask, *checks.floats(**arrays))
 
 
+def log_ratio(logps, other):
+    """log p - log p_other, and 0 where both give the token probability 0: the one case in which a difference is NaN.
+
+    Such tokens come up when an update moves a token out of the top k that it was sampled from, in both policies.
+
+    >>> print(log_ratio(jnp.array([-1.0, -jnp.inf, -jnp.inf]), jnp.array([-2.0, -2.0, -jnp.inf])))
+    [ 1. -inf 0.]
+    """
+    both = jnp.isneginf(logps) & jnp.isneginf(other)
+    return jnp.where(both, 0, logps) - jnp.where(both, 0, other)
+
+
+def times(weight, x):
+    """weight x, and 0 where the weight is 0, whatever ``x`` is there: a weight of 0 takes an infinite loss out.
+
+    >>> print(times(jnp.array([2.0, 0.0]), jnp.array([3.0, -jnp.inf])))
+    [6. 0.]
+    """
+    return weight * jnp.where(weight == 0, 0, x)
+
+
 def zero_unscored(mask, *arrays):
     """Each array with 0 where ``mask`` is False, so that no value and no gradient can come from there.
 

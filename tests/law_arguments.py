@@ -78,6 +78,12 @@ BESIDE_THE_LAWS: dict[str, str] = {
 OTHER = {"max_length": 8, "cache": 20475, "k": 2, "alpha": 1.0}
 
 
+# Functions for which a token of probability 0 has no value, and why.
+NAN_OF_INFINITIES = {
+    "losses.preference.online.nash_md_token_kl": "reinforces the token by a win rate, without any ratio"
+}
+
+
 def axes(fn, name) -> str:
     """``"B T"`` and the like; fails for a name that nobody explained."""
     masked = "mask" in inspect.signature(fn).parameters

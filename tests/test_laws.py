@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from law_arguments import NATS, OTHER, WHOLE_BATCH, arguments, axes, of_groups, positional, real_slots
+from law_arguments import (
+    EITHER,
+    NAN_OF_INFINITIES,
+    NATS,
+    OTHER,
+    WHOLE_BATCH,
+    arguments,
+    axes,
+    of_groups,
+    positional,
+    real_slots,
+)
 
 from pt_jax import advantages, divergences, logps, losses, objectives, weights
 
@@ -392,6 +403,24 @@ def test_float32_in_is_float32_out(fn):
 @EVERY
 def test_bad_input_is_refused_by_name(fn):
     law_of_bad_input(fn)
+
+
+@EVERY_OF_TOKENS
+def test_a_token_of_probability_0_in_both_policies_makes_no_nan(fn):
+    """It comes up in training: an update moves a token out of the top k that it was sampled from."""
+    kwargs, mask = arguments(fn)
+    row, column = np.argwhere(mask)[5]
+    nats = [name for name in kwargs if name in EITHER]
+    if len(nats) < 2 or name_of(fn) in NAN_OF_INFINITIES:
+        pytest.skip("speaks of one policy")
+    for name in nats:
+        kwargs[name] = kwargs[name].copy()
+        kwargs[name][row, column] = -np.inf
+    w = next(iter(rules(fn).values()))(mask)
+    value, gradients = value_and_gradients(fn, kwargs, w)
+    assert not np.isnan(value).any()
+    for name, g in gradients.items():
+        assert not np.isnan(g).any(), name
 
 
 class Variants(chex.TestCase):

@@ -41,7 +41,7 @@ def opd_advantages(logps, teacher_logps, mask):
     [[ 0.6931 -0.6931]]
     """
     logps, teacher_logps = weights.scored(mask, logps=logps, teacher_logps=teacher_logps)
-    return jax.lax.stop_gradient(teacher_logps - logps)
+    return jax.lax.stop_gradient(weights.log_ratio(teacher_logps, logps))
 
 
 def sampled_reverse_kl(logps, teacher_logps, mask):
@@ -56,7 +56,7 @@ def sampled_reverse_kl(logps, teacher_logps, mask):
     [[0.4805]]
     """
     (scored,) = weights.scored(mask, logps=logps)
-    return -opd_advantages(logps, teacher_logps, mask) * scored
+    return -weights.times(opd_advantages(logps, teacher_logps, mask), scored)
 
 
 def clipped_importance(losses, logps, old_logps, mask, *, clip=2.0):
@@ -86,7 +86,7 @@ def clipped_importance(losses, logps, old_logps, mask, *, clip=2.0):
     losses, logps, old_logps = weights.scored(mask, losses=losses, logps=logps, old_logps=old_logps)
     checks.positive("clip", clip)
     # the bound is taken of the logarithm, so that no ratio overflows
-    return losses * jax.lax.stop_gradient(jnp.exp(jnp.minimum(logps - old_logps, jnp.log(clip))))
+    return losses * jax.lax.stop_gradient(jnp.exp(jnp.minimum(weights.log_ratio(logps, old_logps), jnp.log(clip))))
 
 
 # ---- MiniLLM
@@ -257,4 +257,4 @@ def iw_opd(logps, old_logps, teacher_logps, mask, *, gamma=0.5):
     [[ 4. 12.]]
     """
     (scored,) = weights.scored(mask, logps=logps)
-    return -iw_opd_advantages(old_logps, teacher_logps, mask, gamma=gamma) * scored
+    return -weights.times(iw_opd_advantages(old_logps, teacher_logps, mask, gamma=gamma), scored)

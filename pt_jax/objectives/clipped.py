@@ -14,7 +14,7 @@ def _log_ratio(logps, old_logps, advantages, mask, clip_low, clip_high):
     logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
     checks.between("clip_low", clip_low, 0.0, 1.0)
     checks.between("clip_high", clip_high, 0.0, float("inf"))
-    return logps - jax.lax.stop_gradient(old_logps), jax.lax.stop_gradient(advantages)
+    return weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)), jax.lax.stop_gradient(advantages)
 
 
 def clipped_surrogate(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):

@@ -28,7 +28,7 @@ from pt_jax.objectives import sequence
 def _log_ratio(sampling_logps, mask, **of_the_trainer):
     """The trainer's log-probabilities less the sampler's, held constant; 0 where nothing is scored or said."""
     logps, sampling_logps = weights.scored(mask, **of_the_trainer, sampling_logps=sampling_logps)
-    return jax.lax.stop_gradient(jnp.where(jnp.isnan(sampling_logps), 0, logps - sampling_logps))
+    return jax.lax.stop_gradient(jnp.where(jnp.isnan(sampling_logps), 0, weights.log_ratio(logps, sampling_logps)))
 
 
 def token_ratio(old_logps, sampling_logps, mask):
@@ -210,4 +210,4 @@ def importance_weighted(divergence, logps, old_logps, mask):
     [[1. 0.5]]
     """
     divergence, logps, old_logps = weights.scored(mask, divergence=divergence, logps=logps, old_logps=old_logps)
-    return jnp.exp(logps - jax.lax.stop_gradient(old_logps)) * divergence
+    return jnp.exp(weights.log_ratio(logps, jax.lax.stop_gradient(old_logps))) * divergence

@@ -42,7 +42,7 @@ def sequence_log_ratio(logps, old_logps, mask):
     [[-1.5 -1.5 0. ]]
     """
     logps, old_logps = weights.scored(mask, logps=logps, old_logps=old_logps)
-    total, length = _total(logps - jax.lax.stop_gradient(old_logps), mask)
+    total, length = _total(weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)), mask)
     return total / length
 
 
@@ -105,7 +105,9 @@ def gspo_token(logps, old_logps, advantages, mask, *, clip_low=3e-4, clip_high=4
     ratio = hold(sequence_log_ratio(logps, old_logps, mask))
     (logps,) = weights.scored(mask, logps=logps)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    return clipped.clipped_surrogate(ratio + (logps - hold(logps)), jnp.zeros_like(ratio), advantages, mask, **bounds)
+    return clipped.clipped_surrogate(
+        ratio + weights.log_ratio(logps, hold(logps)), jnp.zeros_like(ratio), advantages, mask, **bounds
+    )
 
 
 def gmpo(logps, old_logps, advantages, mask, *, clip_low=0.4, clip_high=0.4):
@@ -142,7 +144,10 @@ def gmpo(logps, old_logps, advantages, mask, *, clip_low=0.4, clip_high=0.4):
     logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
     checks.between("clip_low", clip_low, 0.0, float("inf"))
     checks.between("clip_high", clip_high, 0.0, float("inf"))
-    log_ratio, advantages = logps - jax.lax.stop_gradient(old_logps), jax.lax.stop_gradient(advantages)
+    log_ratio, advantages = (
+        weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)),
+        jax.lax.stop_gradient(advantages),
+    )
     bounded = jnp.where(advantages >= 0, jnp.minimum(log_ratio, clip_high), jnp.maximum(log_ratio, -clip_low))
     total, length = _total(bounded, mask)
     return -jnp.exp(total / length) * advantages
@@ -178,6 +183,6 @@ def rloo(logps, old_logps, advantages, mask, *, clip_low=0.2, clip_high=0.2):
     [[-1.5 -1.5 0. ]]
     """
     now, old = weights.scored(mask, logps=logps, old_logps=old_logps)
-    ratio, _ = _total(now - jax.lax.stop_gradient(old), mask)
+    ratio, _ = _total(weights.log_ratio(now, jax.lax.stop_gradient(old)), mask)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
     return clipped.clipped_surrogate(ratio, jnp.zeros_like(ratio), advantages, mask, **bounds)

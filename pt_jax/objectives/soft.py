@@ -50,7 +50,7 @@ def reinforce(logps, advantages, mask):
     [[ 3. -2.]]
     """
     logps, advantages = weights.scored(mask, logps=logps, advantages=advantages)
-    return 0 - jax.lax.stop_gradient(advantages) * logps
+    return 0 - weights.times(jax.lax.stop_gradient(advantages), logps)
 
 
 def on_policy(logps, advantages, mask):
@@ -89,7 +89,7 @@ def unclipped_surrogate(logps, old_logps, advantages, mask):
     [[-2. 0.5]]
     """
     logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
-    return 0 - jnp.exp(logps - jax.lax.stop_gradient(old_logps)) * jax.lax.stop_gradient(advantages)
+    return 0 - jnp.exp(weights.log_ratio(logps, jax.lax.stop_gradient(old_logps))) * jax.lax.stop_gradient(advantages)
 
 
 def gpg(logps, advantages, mask, *, scale=1.0):
@@ -174,7 +174,7 @@ def cispo(logps, old_logps, advantages, mask, *, cap=5.0):
     """
     logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
     checks.positive("cap", cap)
-    ratio = jnp.exp(jnp.minimum(logps - old_logps, jnp.log(cap)))
+    ratio = jnp.exp(jnp.minimum(weights.log_ratio(logps, old_logps), jnp.log(cap)))
     return reinforce(logps, ratio * advantages, mask)  # which holds what it is given as advantages constant
 
 
@@ -210,7 +210,7 @@ def sapo(logps, old_logps, advantages, mask, *, temperature_pos=1.0, temperature
     checks.positive("temperature_neg", temperature_neg)
     advantages = jax.lax.stop_gradient(advantages)
     temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg).astype(advantages.dtype)
-    ratio = jnp.exp(jnp.minimum(logps - jax.lax.stop_gradient(old_logps), _FAR))
+    ratio = jnp.exp(jnp.minimum(weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)), _FAR))
     return 0 - 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
 
 
@@ -249,7 +249,7 @@ def vespo_weights(
     numbers = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
     for name, x in numbers.items():
         checks.positive(name, x)
-    log_w = jax.lax.stop_gradient(logps - old_logps).sum(-1, keepdims=True)
+    log_w = jax.lax.stop_gradient(weights.log_ratio(logps, old_logps)).sum(-1, keepdims=True)
     k, rate = jnp.where(advantages >= 0, k_pos, k_neg), jnp.where(advantages >= 0, lambda_pos, lambda_neg)
     # A ratio that overflows makes the exponent -inf, and the weight the 0 that it should be.
     phi = jnp.exp(k * log_w - rate * jnp.expm1(log_w)).astype(logps.dtype)

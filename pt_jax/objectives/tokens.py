@@ -250,7 +250,10 @@ def kl_cov(logps, old_logps, advantages, picked, mask, *, beta=1.0):
     checks.shapes(logps=(logps, "B T"), picked=(picked, "B T"))
     checks.between("beta", beta, 0.0, float("inf"))
     logps, old_logps, advantages = weights.scored(mask, logps=logps, old_logps=old_logps, advantages=advantages)
-    log_ratio, advantages = logps - jax.lax.stop_gradient(old_logps), jax.lax.stop_gradient(advantages)
+    log_ratio, advantages = (
+        weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)),
+        jax.lax.stop_gradient(advantages),
+    )
     # |x|, with the slope 0 at 0: jnp.abs has 1 there, which would push down every token of the first update
     distance = log_ratio * jnp.sign(jax.lax.stop_gradient(log_ratio))
     penalty = jnp.where(jnp.asarray(picked) != 0, beta * distance, 0)

@@ -83,6 +83,8 @@ def grpo_advantage(options, inputs, wanted):
     else:
         raise ValueError(f"multi_objective_aggregation is {aggregation!r}")
     ignore(options, "beta")  # the penalty is the loss's; only whether the reference is scored depends on it
+    names = [f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max")]
+    ignore(options, "nan_sampling_logp", *names)  # they speak of the correction alone
     if options.get("vllm_importance_sampling_correction", True):
         out |= _sampler_correction(options, inputs, mask)
     scored = {f"{of}_per_token_logps" for of in ("old", "sampling", "ref")}
@@ -97,7 +99,7 @@ def _sampler_correction(options, inputs, mask):
     if mode not in {f"{level}_{treatment}" for level in ("token", "sequence") for treatment in ("mask", "truncate")}:
         raise ValueError(f"vllm_importance_sampling_mode is {mode!r}")
     old, sampled = (jnp.where(mask, inputs[f"{of}_per_token_logps"], 0) for of in ("old", "sampling"))
-    if one_of(options, "nan_sampling_logp", {True, False}):
+    if options.get("nan_sampling_logp", False):
         sampled = sampled.at[0, 1].set(jnp.nan)  # the token for which the recorded sampler gave none
     everywhere = jnp.ones_like(mask)
     ratio_of = corrections.token_ratio if mode.startswith("token") else corrections.sequence_ratio

@@ -10,9 +10,9 @@ from pt_jax import divergences, objectives, weights
 # TRL's own, for entries that do not write them down
 DEFAULTS = {
     "loss_type": "dapo", "importance_sampling_level": "token", "beta": 0.0, "epsilon": 0.2, "epsilon_high": None,
-    "delta": None, "use_bias_correction_kl": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
+    "delta": None, "use_bias_correction_kl": True, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
     "entropy_coef": 0.0, "sapo_temperature_neg": 1.05, "sapo_temperature_pos": 1.0, "vespo_k_pos": 2.0,
-    "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, "max_completion_length": 256, "mode": "train",
+    "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, "max_completion_length": 512, "mode": "train",
     "steps_per_generation": 1, "gradient_accumulation_steps": 1, "current_gradient_accumulation_steps": 1,
     "use_old_per_token_logps": True, "use_tool_mask": False, "use_sampling_logps": False,
     "importance_sampling_ratio": None, "advantages_2d": False, "num_items_in_batch": None,
@@ -27,6 +27,7 @@ OF_SOME_LOSSES = [
 
 
 def _fill_in(options):
+    options.setdefault("current_gradient_accumulation_steps", options.get("gradient_accumulation_steps", 1))
     for name, value in DEFAULTS.items():
         options.setdefault(name, value)
 
@@ -244,6 +245,7 @@ def gspo_token(options, inputs, wanted):
 
 
 def gmpo(options, inputs, wanted):
+    options.setdefault("epsilon", 0.4)
     _fill_in(options)
     mask, advantages = _mask(options, inputs), _advantages(options, inputs)
     one_of(options, "advantages_2d", {False})
@@ -279,7 +281,9 @@ def rloo(options, inputs, wanted):
 
     def loss(new):
         per_token = objectives.rloo(new, old, advantages, mask, **bounds)
-        return weights.weighted_sum(per_token, weights.sequence_mean(mask)) * mask.any(1).mean()
+        value = weights.weighted_sum(per_token, weights.sequence_mean(mask)) * mask.any(1).mean()
+        # TRL counts a row without tokens as one of ratio 1: a constant
+        return value - jnp.where(mask.any(1), 0, advantages[:, 0]).mean()
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["per_token_logps"]))
     return {"loss": value, "grad_logps": gradient}

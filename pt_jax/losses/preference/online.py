@@ -200,7 +200,8 @@ def nash_md_token_kl(logps, ref_logps, win_rates, mask, *, beta=0.1):
     checks.shapes(logps=(logps, "B T"), win_rates=(win_rates, "B"))
     (win_rates,) = checks.floats(win_rates=win_rates)
     checks.between("beta", beta, 0.0, float("inf"))
-    return -jax.lax.stop_gradient(win_rates[:, None] - 0.5 - beta * (logps - ref_logps)) * logps
+    gain = win_rates[:, None] - 0.5 - beta * weights.log_ratio(logps, ref_logps)
+    return -jax.lax.stop_gradient(gain) * logps
 
 
 def optimal_value(rewards, *, beta=0.5):

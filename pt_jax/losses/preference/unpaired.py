@@ -24,7 +24,9 @@ def _verdicts(desirable):
 def _constant(**number):
     """A scalar into which no gradient flows."""
     checks.shapes(**{name: (x, "") for name, x in number.items()})
-    return jax.lax.stop_gradient(checks.floats(**number)[0])
+    (value,) = number.values()
+    value = jnp.asarray(value, jnp.result_type(value, jnp.float32) if isinstance(value, jax.Array) else jnp.float32)
+    return jax.lax.stop_gradient(value)
 
 
 def mismatched_kl(logps, ref_logps, row_weights):
