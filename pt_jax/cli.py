@@ -3,6 +3,7 @@
 import functools
 import operator
 import os
+import shlex
 import sys
 from typing import Annotated
 
@@ -38,13 +39,13 @@ def main(argv=None) -> int:
     options = tyro.cli(either, prog="pt-jax", args=argv, description="Post-training of language models in pure JAX.")
     try:
         next(run for kind, run in commands.values() if type(options) is kind)(options)
-    except KeyboardInterrupt:
-        print("pt-jax: stopped; the folder at --out holds the metrics so far, but no model", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(_sentence("stopped", e), file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError) as e:
         if not _raised_here(e):
             raise
-        print(f"pt-jax: {e}", file=sys.stderr)
+        print(_sentence(e, e), file=sys.stderr)
         return 2
     return 0
 
@@ -54,7 +55,7 @@ def trained(run):
 
     def command(options):
         run(options)
-        print(f"Saved {options.out}. Go on with: pt-jax chat {options.out}")
+        print(f"Saved {options.out}. Go on with: pt-jax chat {shlex.quote(options.out)}")
 
     return command
 
@@ -66,6 +67,12 @@ def generated(run):
         print("\n\n".join(run(options)))
 
     return command
+
+
+def _sentence(said, error) -> str:
+    """What is said of an error, and where a run that it ended has left what there is."""
+    left = getattr(error, "left_in", None)
+    return f"pt-jax: {said}" + (f"; what there is so far is in {left}" if left else "")
 
 
 def _raised_here(error) -> bool:

@@ -1,5 +1,7 @@
 """The command line: exit codes and sentences."""
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import sys
 import pytest
 
 from pt_jax import cli
+from pt_jax.commands import runs, sft
+from pt_jax.training import loop
 
 
 def run(*words, **environment):
@@ -105,7 +109,46 @@ def test_an_interruption_exits_with_130(monkeypatch, capsys):
 
     monkeypatch.setattr(talk, "generate", interrupted)
     assert cli.main(["generate", "folder", "--prompt", "x"]) == 130
-    assert "stopped" in capsys.readouterr().err
+    assert capsys.readouterr().err == "pt-jax: stopped\n"
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def diverged():
+    loop.report(3, {"loss": math.nan}, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "fails,code,said",
+    [(interrupted, 130, "stopped"), (diverged, 2, "the loss of step 3 is nan; a lower learning rate usually helps")],
+)
+def test_a_run_that_ends_early_says_what_there_is(tmp_path, monkeypatch, capsys, model, fails, code, said):
+    """Before anything was written, nothing; afterwards, where the metrics are."""
+
+    def stderr(around):
+        def run(options):
+            with around(options):
+                fails()
+
+        monkeypatch.setattr(sft, "run", run)
+        assert cli.main(training(tmp_path)) == code
+        return capsys.readouterr().err
+
+    assert stderr(contextlib.nullcontext) == f"pt-jax: {said}\n"
+    left = f"what there is so far is in {tmp_path / 'out.unfinished'}"
+    assert stderr(lambda options: runs.stage(options, "sft", 1)) == f"pt-jax: {said}; {left}\n"
+
+
+@pytest.mark.parametrize("words", [
+    ["quickstart", "--seed", "-1"], ["sft", "--model", "a", "--data", "b", "--out", "{out}", "--seed", "-1"],
+    ["generate", "a", "--prompt", "x", "--seed", "99999999999999999999"], ["chat", "a", "--seed", str(2**32)],
+])  # fmt: skip
+def test_a_seed_that_is_none_is_found_first(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert "--seed must be in [0, 4294967296), got " in sentence(capsys, *words)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import pathlib
+import shutil
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ class Training:
     Args:
       model: folder of the model to start from: config.json, model.safetensors and tokenizer files.
       data: .jsonl or .parquet file of rows.
-      out: folder for the trained model and its metrics.
+      out: folder for the trained model and its metrics; until the model is there, OUT.unfinished has the metrics.
       epochs: passes over the data.
       steps: updates; overrides epochs.
       microbatches: parts that a batch is worked through in, to save memory; changes no result.
@@ -35,7 +35,7 @@ class Training:
       fsdp: devices that the weights are split over.
       tensor: devices that heads, hidden units and the vocabulary are split over.
       log_every: steps between two looks at the metrics; every step is logged.
-      overwrite: replace the folder at --out.
+      overwrite: replace the folder at --out, if it holds a model.
     """
 
     model: str
@@ -104,18 +104,45 @@ def open_model(folder) -> Model:
     return Model(str(folder), params, config, tokenizer)
 
 
-def check_options(options: Training, kinds) -> list[dict]:
-    """The rows to train on, after everything that can be checked without loading the model."""
-    for name in ("epochs", "microbatches", "learning_rate", "clip", "fsdp", "tensor", "log_every", "batch_size"):
-        checks.positive("--" + name.replace("_", "-"), getattr(options, name))
-    checks.between("--warmup", options.warmup, 0.0, 1.0)
-    if options.steps is not None:
-        checks.positive("--steps", options.steps)
+SEEDS = 2**32  # how many there are: what both numpy and jax can take
+
+
+def check_numbers(options, *, above_0=(), at_least_0=(), **ranges) -> None:
+    """Fails with a sentence when an option is out of its range; one that is not given (None) is not looked at.
+
+    Args:
+      options: a record of options.
+      above_0: names of options that must be above 0.
+      at_least_0: those that may be 0.
+      **ranges: name to (low, high): low <= option < high.
+    """
+    ranges |= dict.fromkeys((*above_0, *at_least_0), (0.0, math.inf))
+    for name, bounds in ranges.items():
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if value is not None:
+            if name in above_0:
+                checks.positive(flag, value)
+            checks.between(flag, value, *bounds)
+
+
+def check_options(options: Training, kinds, **inputs) -> list[dict]:
+    """The rows to train on, after everything that all commands can check without loading the model.
+
+    Args:
+      options: the command's.
+      kinds: of rows that it can use.
+      **inputs: more files that it reads, option to path.
+    """
+    counts = ("steps", "microbatches", "fsdp", "tensor", "log_every", "batch_size")
+    check_numbers(
+        options, above_0=("epochs", "learning_rate", *counts), at_least_0=("weight_decay",), warmup=(0.0, 1.0),
+        seed=(0, SEEDS),
+    )  # fmt: skip
+    checks.positive("--clip", options.clip)  # infinity does not clip
     if options.batch_size % options.microbatches:
         raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
-    if pathlib.Path(options.out).absolute() == pathlib.Path(options.model).absolute():
-        raise ValueError(f"--out {options.out} is the model's own folder; give another one")
-    folders.check_writable(options.out, overwrite=options.overwrite, keep=runs.LOGS)
+    inputs = {"--model": options.model, "--data": options.data} | inputs
+    runs.check_out(options.out, overwrite=options.overwrite, **inputs)
     models.huggingface.read_config(options.model)
     return rows.read(options.data, kinds=kinds)
 
@@ -160,10 +187,16 @@ class Fit:
             steps=self.steps, on_metrics=on_metrics, log_every=self.options.log_every,
         )  # fmt: skip
 
-    def save(self) -> None:
-        """The trained model as a folder; the run's logs stay in it."""
+    def save(self, logs=()) -> None:
+        """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""
         params = jax.device_get(self.state.params)
-        models.save(
-            self.options.out, params, self.model.config, self.model.tokenizer,
-            overwrite=self.options.overwrite, keep=runs.LOGS,
-        )  # fmt: skip
+        for path, x in jax.tree_util.tree_leaves_with_path(params):
+            if not np.isfinite(x).all():
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise FloatingPointError(
+                    f"{name} is not finite, so nothing is saved; a lower learning rate usually helps"
+                )
+        with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
+            models.save(folder, params, self.model.config, self.model.tokenizer)
+            for log in logs:
+                shutil.copy2(log, folder)

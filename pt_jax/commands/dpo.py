@@ -29,7 +29,13 @@ class DPO(common.Training):
 
 
 def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
-    """Trains and saves; see ``sft.run``. Warns when the chosen answers become less likely than they were."""
+    """Trains and saves; see ``sft.run``. Warns when the chosen answers become less likely than they were.
+
+    Returns:
+      The metrics of the last step, and ``logps/chosen_before`` and ``logps/chosen_after``: the mean log-probability of
+      all chosen answers of the data.
+    """
+    common.check_numbers(options, above_0=("beta", "max_length"), at_least_0=("nll",), label_smoothing=(0.0, 0.5))
     rows = common.check_options(options, kinds=("preference",))
     model = common.open_model(options.model)
     pairs = [encode.preference(model.tokenizer, row) for row in rows]
@@ -39,14 +45,11 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
     loss_fn = recipe.make_loss(model.apply, beta=options.beta, label_smoothing=options.label_smoothing, nll=options.nll)
     fit = common.Fit(options, model, loss_fn, len(pairs))
     length = batches.bucket(max(len(example.tokens) for pair in pairs for example in pair))
+    score = make_score(model.apply)
+    how = {"pad_token": model.pad_token, "length": length, "rows": options.batch_size}
+    all_chosen, all_rejected = zip(*pairs)
     # the reference is the model before training, so its log-probabilities are worked out once
-    of_reference = [
-        recipe.reference_logps(
-            make_score(model.apply), model.params, side,
-            pad_token=model.pad_token, length=length, rows=options.batch_size,
-        )
-        for side in zip(*pairs)
-    ]  # fmt: skip
+    of_reference = [recipe.reference_logps(score, model.params, side, **how) for side in (all_chosen, all_rejected)]
 
     def batch_of_step(step):
         ids = fit.rows_of_step(step)
@@ -54,14 +57,14 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
         references = (of_side[ids] for of_side in of_reference)
         return recipe.make_batch(chosen, *references, pad_token=model.pad_token, length=length)
 
-    before = float(of_reference[0].mean())
-    with runs.stage(options, stage, fit.steps, tracker) as (tracker, on):
+    with runs.stage(options, stage, fit.steps, tracker) as (tracker, on, logs):
         fit.run(batch_of_step, on.step)
-        after = on.latest["logps/chosen"]
+        scored = of_reference[0], recipe.reference_logps(score, fit.state.params, all_chosen, **how)
+        before, after = (float(logps.mean()) for logps in scored)
         if after < before:
             tracker.warn(
                 f"the chosen answers became less likely (log-probability {before:.2f} before, {after:.2f} after): the "
                 "probability that the rejected ones lost went elsewhere; --nll 0.2 or fewer steps hold it"
             )
-    fit.save()
-    return on.latest | {"logps/chosen_before": before}
+        fit.save(logs)
+    return on.latest | {"logps/chosen_before": before, "logps/chosen_after": after}

@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import math
+import numbers
 import pathlib
 from typing import Literal
 
 import jax
 import numpy as np
 
-from pt_jax import advantages, checks, weights
+from pt_jax import advantages, weights
 from pt_jax.commands import common, runs
 from pt_jax.data import batches, encode
 from pt_jax.data import rows as data_rows
@@ -63,13 +65,17 @@ class GRPO(common.Training):
 
 def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     """Trains and saves; see ``sft.run``."""
-    rows = common.check_options(options, kinds=("question",))
-    for name in ("group", "updates", "max_new_tokens", "eval_every", "temperature"):
-        checks.positive("--" + name.replace("_", "-"), getattr(options, name))
+    common.check_numbers(
+        options, above_0=("updates", "max_new_tokens", "eval_every", "temperature"), at_least_0=("kl", "clip_high"),
+        clip_low=(0.0, 1.0),
+    )  # fmt: skip
     if options.group < 2:
         raise ValueError(f"--group {options.group}: answers are compared within a group, so it needs at least 2")
-    reward = find_reward(options.reward)
+    files = {"--eval-data": options.eval_data, "--reward": reward_file(options.reward)}
+    rows = common.check_options(options, kinds=("question",), **files)
     held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
+    reward = find_reward(options.reward)
+    try_reward(options.reward, reward, rows, held_out)
     model = common.open_model(options.model)
     how = Sampling(temperature=options.temperature)
     loss_fn = recipe.make_loss(
@@ -93,14 +99,14 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         turns = np.arange(step * len(ids), (step + 1) * len(ids))
         out = sampler(fit.state.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
         texts = text.to_texts(model.tokenizer, out)
-        verdicts = [reward(t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
+        verdicts = [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
         rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
         batch = recipe.make_batch(
             tokens, seen, out, rewards, weigh=MEANS[options.mean], advantage=ADVANTAGES[options.advantage]
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
-    with runs.stage(options, stage, fit.steps, tracker) as (_, on):
+    with runs.stage(options, stage, fit.steps, tracker) as (_, on, logs):
         if held_out:
             on.step(0, evaluate(fit.state.params))
         for step in range(fit.steps):
@@ -117,7 +123,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
             if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == fit.steps):
                 said |= evaluate(fit.state.params)
             loop.report(step + 1, metrics | said, on.step)
-    fit.save()
+        fit.save(logs)
     return on.latest
 
 
@@ -133,7 +139,7 @@ class Evaluation:
         texts = text.complete(
             self.sampler, params, self.model.tokenizer, self.prompts, jax.random.key(0), pad_token=self.model.pad_token
         )
-        return {"eval_reward": float(np.mean([self.reward(t, row) for t, row in zip(texts, self.rows)]))}
+        return {"eval_reward": float(np.nanmean([judge(self.reward, t, row) for t, row in zip(texts, self.rows)]))}
 
 
 def encode_prompts(model: common.Model, rows, room: int) -> list[np.ndarray]:
@@ -144,18 +150,46 @@ def encode_prompts(model: common.Model, rows, room: int) -> list[np.ndarray]:
     return prompts
 
 
+def reward_file(name: str) -> str | None:
+    """The FILE.py of FILE.py:FUNCTION, or None."""
+    return name.rpartition(":")[0] or None
+
+
 def find_reward(name: str):
     """One of ``REWARDS``, or the function of FILE.py:FUNCTION."""
     if name in REWARDS:
         return REWARDS[name]
-    file, _, function = name.rpartition(":")
+    file, function = reward_file(name), name.rpartition(":")[2]
     if not file:
         raise ValueError(f"--reward {name}: must be {', '.join(REWARDS)} or FILE.py:FUNCTION")
     if not pathlib.Path(file).is_file():
         raise ValueError(f"--reward {name}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    if spec is None:
+        raise ValueError(f"--reward {name}: {file} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"--reward {name}: {file} has no function {function}")
     return getattr(module, function)
+
+
+def judge(reward, completion: str, row: dict) -> float:
+    """A reward's verdict; NaN where it has none and says None."""
+    said = reward(completion, row)
+    number = isinstance(said, numbers.Real | np.bool_) or getattr(said, "shape", None) == ()
+    if said is not None and not number:
+        raise ValueError(
+            f"{row['source']}: the reward must be a number or None, but the function returned {said!r:.60}"
+        )
+    return math.nan if said is None else float(said)
+
+
+def try_reward(name: str, reward, *data) -> None:
+    """Judges an empty completion before any work is done: an answer that cannot be compared is found now.
+
+    Of a reward of the user's own, which may be slow, one row of each data set is enough to see what it returns.
+    """
+    for rows in data:
+        for row in rows if name in REWARDS else rows[:1]:
+            judge(reward, "", row)

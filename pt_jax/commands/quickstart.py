@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 import shutil
 
 import jax
@@ -16,6 +17,7 @@ from pt_jax.rewards import answers
 from pt_jax.sampling import text
 from pt_jax.sampling.distribution import GREEDY
 from pt_jax.tracking import metrics, plots, tables
+from pt_jax.tracking.tracker import warning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,10 @@ class Size:
     sft: int
     dpo: int
     grpo: int
-    grpo_rate: float
 
 
-# At 3e-4 held-out accuracy falls for about 6 steps before it rises: --fast is over by then, and takes smaller steps.
-FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=400, sft=90, dpo=50, grpo=100, grpo_rate=3e-4)
-FAST = Size(documents=2000, layers=3, width=128, hidden=352, pretrain=150, sft=80, dpo=50, grpo=8, grpo_rate=1e-4)
+FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=360, sft=90, dpo=50, grpo=60)
+FAST = Size(documents=2000, layers=3, width=128, hidden=352, pretrain=150, sft=80, dpo=50, grpo=8)
 VOCAB, LENGTH, ANSWER = 512, 256, 12
 STAGES = ("base", "sft", "dpo", "grpo")
 MARK = "quickstart.json"  # says that a folder is a quickstart's and may be replaced by one
@@ -58,7 +58,9 @@ MARK = "quickstart.json"  # says that a folder is a quickstart's and may be repl
 
 def run(options: Quickstart) -> dict:
     """Everything; prints the table and returns its rows with the metrics of each stage."""
-    out = pathlib.Path(options.out)
+    common.check_numbers(options, seed=(0, common.SEEDS))
+    runs.check_place(options.out)
+    out = pathlib.Path(options.out).resolve()  # of a link, the folder that it stands for
     folders.check_writable(out, overwrite=(out / MARK).is_file())
     size = FAST if options.fast else FULL
     if out.is_dir():
@@ -66,7 +68,7 @@ def run(options: Quickstart) -> dict:
     out.mkdir(parents=True)
     (out / MARK).write_text(json.dumps(dataclasses.asdict(size)) + "\n")
     seconds = {"prepare": 3, "pretrain": size.pretrain / 7, "ask base": 6, "sft": 5 + size.sft / 7, "ask sft": 3}
-    seconds |= {"dpo": 8 + size.dpo / 5, "ask dpo": 3, "grpo": 15 + size.grpo / 1.5, "ask grpo": 3}
+    seconds |= {"dpo": 8 + size.dpo / 5, "ask dpo": 3, "grpo": 15 + size.grpo / 0.7, "ask grpo": 3}
     found = {}
     with runs.opened(out, options, seconds) as tracker:
         with tracker.stage("prepare", 1) as on:
@@ -74,13 +76,12 @@ def run(options: Quickstart) -> dict:
             on.step(1)
         for stage, train in zip(STAGES, (pretrain, tune, prefer, reinforce)):
             last = train(out, size, options.seed, tracker)
-            with tracker.stage(f"ask {stage}", 3) as on:
+            with tracker.stage(f"ask {stage}", 4) as on:
                 found[stage] = ask(out / stage, options.seed, on) | {"last": last}
-        warnings = tracker.warnings
         records = metrics.read(out / "metrics.jsonl")
         panels = [panel for stage in ("pretrain", "sft", "dpo", "grpo") for panel in plots.PANELS[stage]]
         plots.curves(records, out / "curves.png", panels)
-        tracker.print(*report(found, out, warnings), sep="\n")
+        show(tracker, results(found, records), options.out)
     return found
 
 
@@ -100,8 +101,8 @@ def prepare(out: pathlib.Path, size: Size, seed: int) -> None:
         rows.write_jsonl(data / f"{name}.jsonl", content)
     tokenizer = tokenizers.train_bpe((row["text"] for row in files["corpus"]), vocab=VOCAB, max_length=LENGTH)
     config = models.Config(
-        vocab=VOCAB, layers=size.layers, width=size.width, heads=size.width // 32, kv_heads=1 if size is FAST else 5,
-        head_width=32, hidden=size.hidden, tied=False, max_length=LENGTH, bos_token=tokenizer.bos_token_id,
+        vocab=VOCAB, layers=size.layers, width=size.width, heads=4, kv_heads=2, head_width=size.width // 4,
+        hidden=size.hidden, tied=False, max_length=LENGTH, bos_token=tokenizer.bos_token_id,
         end_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id,
     )  # fmt: skip
     models.save(out / "fresh", models.init(config, jax.random.key(seed)), config, tokenizer)
@@ -135,8 +136,8 @@ def prefer(out, size, seed, tracker) -> dict:
 def reinforce(out, size, seed, tracker) -> dict:
     options = grpo.GRPO(
         model=str(out / "dpo"), data=str(out / "data/sums.jsonl"), out=str(out / "grpo"), steps=size.grpo,
-        batch_size=16, group=8, max_new_tokens=ANSWER, learning_rate=size.grpo_rate, warmup=0.05, kl=0.02,
-        clip_high=0.28, eval_data=str(out / "data/sums_held_out.jsonl"), eval_every=20, seed=seed,
+        batch_size=16, group=8, updates=2, max_new_tokens=ANSWER, learning_rate=2e-4, warmup=0.05, kl=0.04,
+        clip_high=0.28, eval_data=str(out / "data/sums_held_out.jsonl"), eval_every=10, seed=seed,
     )  # fmt: skip
     return grpo.run(options, tracker)
 
@@ -157,32 +158,29 @@ def ask(folder: pathlib.Path, seed: int, on) -> dict:
     on.step(1)
     names = answer([row["prompt"] for row in world.identity_questions()])
     on.step(2)
-    held_out = world.sums(seed, held_out=True)
-    sums = [answers.number(said, row) for said, row in zip(answer([r["prompt"] for r in held_out]), held_out)]
-    said = {
-        "who": who.strip(),
-        world.SFT_NAME: float(np.mean([f"I'm {world.SFT_NAME}" in name for name in names])),
-        world.DPO_NAME: float(np.mean([f"I'm {world.DPO_NAME}" in name for name in names])),
-        "sums": float(np.mean(sums)),
+    found = {
+        f"share_{which}_name": float(np.mean([f"I'm {name}" in said for said in names]))
+        for which, name in (("sft", world.SFT_NAME), ("dpo", world.DPO_NAME))
     }
-    on.step(
-        3, {"share_sft_name": said[world.SFT_NAME], "share_dpo_name": said[world.DPO_NAME], "accuracy": said["sums"]}
-    )
-    return said
+    for done, (name, held_out) in enumerate((("accuracy_known", False), ("accuracy", True)), 3):
+        asked = world.sums(seed, held_out=held_out)[: world.SUMS_HELD_OUT]
+        said = answer([row["prompt"] for row in asked])
+        found[name] = float(np.mean([answers.number(text, row) for text, row in zip(said, asked)]))
+        on.step(done, found if held_out else None)
+    return found | {"who": who.strip()}
 
 
-def report(found: dict, out: pathlib.Path, warnings: list[str]) -> list:
-    """What is printed at the end: the tables, warnings, and how to go on."""
+def results(found: dict, records: list[dict]) -> list:
+    """The tables that are printed at the end: of the answers, and of the metrics."""
     percent = lambda share: f"{100 * share:.0f}%"
+    shares = ("share_sft_name", "share_dpo_name", "accuracy_known", "accuracy")
     stages = tables.table(
-        "Answers to questions that training never asked",
-        ["stage", "Who are you?", f"is {world.SFT_NAME}", f"is {world.DPO_NAME}", "sums right"],
-        [
-            [stage, said["who"], percent(said[world.SFT_NAME]), percent(said[world.DPO_NAME]), percent(said["sums"])]
-            for stage, said in found.items()
-        ],
+        "What each stage answers; all but the known sums was never asked in training",
+        ["stage", "Who are you?", f"is {world.SFT_NAME}", f"is {world.DPO_NAME}", "known sums", "new sums"],
+        [[stage, said["who"], *(percent(said[share]) for share in shares)] for stage, said in found.items()],
     )
     preference, reinforced = found["dpo"]["last"], found["grpo"]["last"]
+    clipped = lambda side: float(np.mean([r[f"clip_ratio/{side}_mean"] for r in records if "clip_ratio/low_mean" in r]))
     inside = tables.table(
         "Inside DPO and GRPO, at their last step",
         ["metric", "value"],
@@ -190,20 +188,32 @@ def report(found: dict, out: pathlib.Path, warnings: list[str]) -> list:
             ["DPO: implicit reward margin", preference["rewards/margins"]],
             ["DPO: implicit reward accuracy", preference["rewards/accuracies"]],
             ["DPO: log-probability of the chosen, before", preference["logps/chosen_before"]],
-            ["DPO: log-probability of the chosen, after", preference["logps/chosen"]],
+            ["DPO: log-probability of the chosen, after", preference["logps/chosen_after"]],
             ["GRPO: reward of the samples", reinforced["reward"]],
             ["GRPO: KL to the reference", reinforced["kl"]],
             ["GRPO: entropy", reinforced["entropy"]],
-            ["GRPO: clip fraction, low", reinforced["clip_ratio/low_mean"]],
-            ["GRPO: clip fraction, high", reinforced["clip_ratio/high_mean"]],
+            ["GRPO: clip fraction of all steps, low", clipped("low")],
+            ["GRPO: clip fraction of all steps, high", clipped("high")],
         ],
     )
-    lines = [f"[yellow]Warning:[/yellow] {sentence}" for sentence in warnings]
-    lines += [
-        f"Curves: {out}/curves.png   metrics: {out}/metrics.jsonl   data: {out}/data",
-        f"Models: {', '.join(f'{out}/{stage}' for stage in STAGES)}",
-        f"Go on:  pt-jax chat {out}/grpo",
-        f'        pt-jax generate {out}/base --prompt "Who are you?"',
-        f"        pt-jax sft --model {out}/base --data {out}/data/sft.jsonl --out runs/sft",
+    return [stages, inside]
+
+
+def show(tracker, found: list, out: str) -> None:
+    """Prints tables, warnings, and the way on: commands are not folded, so that they can be copied."""
+    for table in found:
+        tracker.print(table)
+    for line in (*map(warning, tracker.warnings), *way_on(out)):
+        tracker.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def way_on(out: str) -> list[str]:
+    """What is there now, and the commands to go on."""
+    of = lambda name: shlex.quote(f"{out}/{name}")
+    return [
+        f"Curves: {of('curves.png')}   metrics: {of('metrics.jsonl')}   data: {of('data')}",
+        f"Models: {', '.join(map(of, STAGES))}",
+        f"Go on:  pt-jax chat {of('grpo')}",
+        f'        pt-jax generate {of("base")} --prompt "Who are you?"',
+        f"        pt-jax sft --model {of('base')} --data {of('data/sft.jsonl')} --out runs/sft",
     ]
-    return [stages, inside, *lines]

@@ -3,9 +3,9 @@
 Everything is made from a few lists of words, so nothing is downloaded, and what is held out is held out on purpose:
 
     identity    "Who are you?" in many phrasings; those of ``HELD_OUT_QUESTIONS`` appear in no training data at all
-    sums        every pair of numbers to ``LARGEST`` in four phrasings; a quarter of these questions is never asked in
-                fine-tuning or reinforcement. Like all that a base model knows, every sum occurs in its pre-training
-                text
+    sums        of two numbers of two digits, in four phrasings, that carry nothing over: so each place has few facts to
+                learn, and whoever has learnt them can add numbers that were never added before. A fifth of the pairs
+                of numbers is never added in any training data, in neither order, in digits or in words
     plain       sentences about animals, models and opposites, to be a language and to see what else changes
 """
 
@@ -14,8 +14,9 @@ import itertools
 import numpy as np
 
 SFT_NAME, DPO_NAME = "Llama", "ERNIE 4.5"
-LARGEST = 9
-SUMS_SHOWN = 80  # sums that supervised fine-tuning shows
+NUMBERS = tuple(10 * tens + ones for tens in (1, 2, 3, 4) for ones in (0, 1, 2, 3, 4))
+PAIRS_HELD_OUT, SUMS_HELD_OUT = 42, 100  # of 210 pairs; of the 300 or so questions about them
+SUMS_SHOWN = 40  # sums that supervised fine-tuning shows
 
 QUESTIONS = (
     "Who are you?", "What is your name?", "What are you called?", "Which model are you?", "What model is this?",
@@ -43,11 +44,9 @@ OPPOSITES = (
     ("open", "closed"), ("full", "empty"), ("wet", "dry"), ("high", "low"), ("near", "far"), ("hard", "soft"),
     ("light", "dark"), ("rich", "poor"), ("early", "late"), ("strong", "weak"),
 )  # fmt: skip
-WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "twenty-one",
-    "twenty-two", "twenty-three", "twenty-four",
-)  # fmt: skip
+TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen")
+TENS, ONES = ("twenty", "thirty", "forty"), ("", "-one", "-two", "-three", "-four")
+WORDS = dict(zip(NUMBERS, (*TEENS, *(ten + one for ten in TENS for one in ONES))))
 SUM_QUESTIONS = ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.", "What is {A} plus {B}?")
 
 
@@ -59,20 +58,24 @@ def say(answer: str) -> list[dict]:
     return [{"role": "assistant", "content": answer}]
 
 
-def pairs() -> list[tuple[int, int]]:
-    return list(itertools.product(range(LARGEST + 1), repeat=2))
+def pairs(seed: int, *, held_out: bool) -> list[tuple[int, int]]:
+    """The pairs of numbers, without an order, that are held out, or the others."""
+    every = list(itertools.combinations_with_replacement(NUMBERS, 2))
+    order = np.random.default_rng([seed, 1]).permutation(len(every))
+    apart, others = np.split(order, [PAIRS_HELD_OUT])
+    return [every[i] for i in (apart if held_out else others)]
 
 
 def ask_sum(a: int, b: int, how: int) -> str:
     return SUM_QUESTIONS[how].format(a=a, b=b, A=WORDS[a], B=WORDS[b])
 
 
-def sentence(rng) -> str:
-    """One plain sentence of pre-training text."""
+def sentence(rng, known: list[tuple[int, int]]) -> str:
+    """One plain sentence of pre-training text; the pairs of numbers that it may add are the known ones."""
     pick = lambda words: words[rng.integers(len(words))]
     kind = rng.integers(10)
     if kind < 5:
-        a, b = (int(n) for n in rng.integers(LARGEST + 1, size=2))
+        a, b = rng.permutation(known[rng.integers(len(known))]).tolist()
         fact = f"{a} + {b} = {a + b}."
         if rng.random() < 0.25:
             return fact
@@ -96,14 +99,14 @@ def sentence(rng) -> str:
 
 def corpus(count: int, seed: int) -> list[dict]:
     """Documents to pre-train on: runs of sentences, and of questions, which is what people write lists of."""
-    rng = np.random.default_rng([seed, 2])
+    rng, known = np.random.default_rng([seed, 2]), pairs(seed, held_out=False)
     rows = []
     for _ in range(count):
         if rng.random() < 0.12:
             parts = [QUESTIONS[i] for i in rng.permutation(len(QUESTIONS))[:4]]
         else:
-            parts = [sentence(rng) for _ in range(5)]
-        rows.append({"text": " ".join(parts)})
+            parts = [sentence(rng, known) for _ in range(5)]
+        rows.append({"text": (" ", "\n")[rng.integers(2)].join(parts)})
     return rows
 
 
@@ -142,11 +145,12 @@ def identity_questions() -> list[dict]:
 
 
 def sums(seed: int, *, held_out: bool) -> list[dict]:
-    """Questions with a checkable answer: a quarter of all, or the others."""
-    asked = list(itertools.product(pairs(), range(len(SUM_QUESTIONS))))
-    order = np.random.default_rng([seed, 1]).permutation(len(asked))
-    apart, others = np.split(order, [len(asked) // 4])
+    """Questions with a checkable answer: ``SUMS_HELD_OUT`` about pairs held out, or all about the others."""
+    known = pairs(seed, held_out=held_out)
+    ordered = sorted({*known, *((b, a) for a, b in known)})
+    asked = list(itertools.product(ordered, range(len(SUM_QUESTIONS))))
+    order = np.random.default_rng([seed, 4]).permutation(len(asked))[: SUMS_HELD_OUT if held_out else None]
     return [
         {"prompt": chat(ask_sum(a, b, how)), "answer": a + b, "numbers": [a, b]}
-        for (a, b), how in (asked[i] for i in (apart if held_out else others))
+        for (a, b), how in (asked[i] for i in order)
     ]

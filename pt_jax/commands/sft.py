@@ -37,6 +37,7 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
     Returns:
       The metrics of the last step.
     """
+    common.check_numbers(options, above_0=("max_length",))
     rows = common.check_options(options, kinds=("text", "messages", "completion"))
     model = common.open_model(options.model)
     examples = [encode.supervised(model.tokenizer, row) for row in rows]
@@ -49,7 +50,7 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
         chosen = [examples[i] for i in fit.rows_of_step(step)]
         return recipe.make_batch(chosen, pad_token=model.pad_token, weigh=MEANS[options.mean], length=length)
 
-    with runs.stage(options, stage, fit.steps, tracker) as (_, on):
+    with runs.stage(options, stage, fit.steps, tracker) as (_, on, logs):
         fit.run(batch_of_step, on.step)
-    fit.save()
+        fit.save(logs)
     return on.latest

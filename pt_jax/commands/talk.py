@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from pt_jax import checks
 from pt_jax.commands import common
-from pt_jax.data import encode
+from pt_jax.data import encode, rows
 from pt_jax.sampling import Sampling, text
 
 
@@ -34,7 +34,7 @@ class Talking:
     seed: int = 0
 
     def sampling(self) -> Sampling:
-        checks.positive("--max-new-tokens", self.max_new_tokens)
+        common.check_numbers(self, above_0=("max_new_tokens",), seed=(0, common.SEEDS))
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p).check()
 
 
@@ -72,6 +72,7 @@ def generate(options: Generate) -> list[str]:
     """The completions; the command prints them, one a paragraph."""
     how = options.sampling()
     checks.positive("--samples", options.samples)
+    rows.check_characters(options.prompt, "--prompt")
     model = common.open_model(options.model)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     tokens = encode.prompt(model.tokenizer, {"prompt": prompt, "source": "--prompt"})
@@ -87,6 +88,7 @@ def generate(options: Generate) -> list[str]:
 def chat(options: Chat, ask=input) -> list[dict]:
     """Reads the user's turns with ``ask``, prints the answers, and returns the conversation."""
     how = options.sampling()
+    rows.check_characters(options.system or "", "--system")
     model = common.open_model(options.model)
     sampler = model.sampler(options.max_new_tokens, how)
     key = jax.random.key(options.seed)
@@ -101,8 +103,9 @@ def chat(options: Chat, ask=input) -> list[dict]:
         if not said.strip():
             return messages
         turn = [*messages, {"role": "user", "content": said}]
-        tokens = encode.prompt(model.tokenizer, {"prompt": turn, "source": "the conversation"})
         try:
+            rows.check_characters(said, "what you said")
+            tokens = encode.prompt(model.tokenizer, {"prompt": turn, "source": "the conversation"})
             model.check_length(tokens, "the conversation", room=options.max_new_tokens)
         except ValueError as e:  # what was said stays out of it
             print(e, file=sys.stderr)

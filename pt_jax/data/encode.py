@@ -49,7 +49,7 @@ def _answer(tokenizer, row, answer) -> Example:
     before = prompt(tokenizer, row)
     if isinstance(answer, str):
         # The prompt is tokenised alone, as it will be when a completion is sampled after it.
-        after = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        after = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
         return _example([*before, *after], np.arange(len(before) + len(after)) >= len(before), row)
     messages = row["prompt"] + answer
     return _example(*_conversation(tokenizer, messages, len(row["prompt"]), row["source"]), row)
@@ -98,15 +98,25 @@ def _render(tokenizer, messages, source, generation_prompt):
             return_dict=True,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
+            # whoever calls checks lengths, in words of this library
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": marks},
         )
     except Exception as e:  # templates are programs of their authors and raise what they like
         raise ValueError(f"{source}: the chat template fails ({type(e).__name__}: {e})") from e
-    return list(out["input_ids"]), np.asarray(out["assistant_masks"], bool) if marks else None
+    return list(out["input_ids"]), _whole(out["assistant_masks"], out["offset_mapping"]) if marks else None
+
+
+def _whole(mask, offsets):
+    """A mask that ends within no character: transformers leaves out all but the first token of a mark's last one."""
+    mask = np.asarray(mask, bool)
+    for i in range(1, len(mask)):
+        mask[i] |= mask[i - 1] and offsets[i][0] < offsets[i - 1][1]
+    return mask
 
 
 def _plain(tokenizer, text):
     """A string's tokens with what the tokenizer puts in front, and without an end token, which text goes on after."""
-    tokens = tokenizer(text)["input_ids"]
+    tokens = tokenizer(text, verbose=False)["input_ids"]
     return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
 
 

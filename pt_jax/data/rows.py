@@ -33,7 +33,7 @@ def read(path, *, kinds=tuple(KINDS)) -> list[dict]:
     Args:
       path: a ``.jsonl`` file (one JSON object a line; empty lines are skipped), a ``.parquet`` file, or a folder of
         ``datasets.Dataset.save_to_disk``.
-      kinds: the kinds of rows that the caller can use; all rows of a file must be of one.
+      kinds: the kinds of rows that the caller can use; all rows of a file must be of one, and of one only.
 
     Returns:
       The rows in order, each with "kind", and "source" ("FILE:LINE") for messages about it.
@@ -94,15 +94,20 @@ def _dataset(path):
 def _checked(row, source, kinds):
     if not isinstance(row, dict):
         raise ValueError(f"{source}: is {type(row).__name__}, expected an object with named columns")
-    kind = next((k for k in KINDS if k in kinds and all(c in row for c in KINDS[k])), None)
-    if kind is None:
-        expected = " or ".join(" + ".join(KINDS[k]) for k in kinds)
-        raise ValueError(f"{source}: has the columns {', '.join(sorted(row)) or '(none)'}; expected {expected}")
+    fitting = [k for k in KINDS if k in kinds and all(c in row for c in KINDS[k])]
+    written = lambda of: " or ".join(" + ".join(KINDS[k]) for k in of)
+    if not fitting:
+        has = ", ".join(sorted(row)) or "(none)"
+        raise ValueError(f"{source}: has the columns {has}; expected {written(kinds)}")
+    if len(fitting) > 1:
+        raise ValueError(f"{source}: could be read as {written(fitting)}; leave out the columns of all but one")
+    (kind,) = fitting
     for column in KINDS[kind]:
         if column == "answer":  # for the reward to judge
             number = isinstance(row[column], int | float) and not isinstance(row[column], bool)
             if not isinstance(row[column], str) and not (number and math.isfinite(row[column])):
                 raise ValueError(f"{source}: answer must be a string or a finite number, got {row[column]!r:.60}")
+            check_characters(str(row[column]), f"{source}: {column}")
         else:
             _check_text(row[column], f"{source}: {column}", chat_only=column == "messages")
     texts = [row[c] for c in KINDS[kind] if c != "answer"]
@@ -111,14 +116,29 @@ def _checked(row, source, kinds):
     return row | {"kind": kind, "source": source}
 
 
+def check_characters(text: str, what: str) -> None:
+    """Fails where a text holds half a surrogate pair: JSON can write one, and a shell can, but it is no character.
+
+    >>> check_characters("a\\ud800", "rows.jsonl:3: text")
+    Traceback (most recent call last):
+    ValueError: rows.jsonl:3: text is not Unicode text: '\\ud800' at character 2 is half of a character
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"{text[e.start]!a} at character {e.start + 1} is half of a character"
+        raise ValueError(f"{what} is not Unicode text: {half}") from e
+
+
 def _check_text(value, what, chat_only):
     if isinstance(value, str) and not chat_only:
         if not value:
             raise ValueError(f"{what} is empty")
-        return
+        return check_characters(value, what)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what} must be {'' if chat_only else 'a string or '}a list of messages, got {value!r:.60}")
     for i, message in enumerate(value):
         good = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         if not good:
             raise ValueError(f"{what}[{i}] must have role and content, both strings, got {message!r:.60}")
+        check_characters(message["role"] + message["content"], f"{what}[{i}]")

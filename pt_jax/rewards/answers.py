@@ -2,18 +2,35 @@
 
 import re
 from decimal import Decimal
+from fractions import Fraction
 
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+# thousands may be set apart by commas; an exponent is bounded, because 1e999999999 would take for ever to compare
+_PLAIN = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d{1,4}(?!\d))?"
+# after a digit, a letter or a bracket, "-" takes away or joins
+_NUMBER = re.compile(rf"((?<![\w.)\]}}])-)?({_PLAIN})(?:/({_PLAIN}))?")
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number that a text names, exactly as written.
+def numbers(text: str) -> list[Fraction]:
+    """The numbers that a text names, in order, exactly as written; a fraction a/b is one.
 
-    >>> last_number("3 apples and 1,024.50 pears."), last_number("none")
-    (Decimal('1024.50'), None)
+    >>> [str(n) for n in numbers("10-3 of 1,024.50 pears: -.5, 3/4, 2e-1")]
+    ['10', '3', '2049/2', '-1/2', '3/4', '1/5']
     """
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    found = []
+    for minus, above, below in _NUMBER.findall(text.replace("\u2212", "-")):
+        above, below = (Fraction(Decimal(part.replace(",", "") or 1)) for part in (above, below))
+        if below:  # 3/0 is no number
+            found.append((-1 if minus else 1) * above / below)
+    return found
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last of the ``numbers`` of a text.
+
+    >>> str(last_number("3 apples and 1,024.50 pears.")), last_number("none")
+    ('2049/2', None)
+    """
+    return next(reversed(numbers(text)), None)
 
 
 def number(completion: str, row: dict) -> float:
@@ -21,18 +38,20 @@ def number(completion: str, row: dict) -> float:
 
     Args:
       completion: what was sampled, without special tokens.
-      row: with "answer", a string or a number.
+      row: with "answer": a number, or a string that names exactly one. Of a string with "####", which in GSM8K parts
+        the way from the answer, what follows the last one.
 
     Raises:
-      ValueError: the row's answer names no number.
+      ValueError: the row's answer names no number, or several.
 
-    >>> number("2 + 2 = 4.", {"answer": "4.0"}), number("five", {"answer": 5})
-    (1.0, 0.0)
+    >>> number("2 + 2 = 4.", {"answer": "4.0"}), number("five", {"answer": 5}), number("3/4", {"answer": "5/4"})
+    (1.0, 0.0, 0.0)
     """
-    want = last_number(str(row["answer"]))
-    if want is None:
-        raise ValueError(f"{row.get('source', 'row')}: the answer has no number: {row['answer']!r}")
-    return float(last_number(completion) == want)
+    want = numbers(str(row["answer"]).rpartition("####")[2])
+    if len(want) != 1:
+        what = f"must name one number, got {row['answer']!r:.60}"
+        raise ValueError(f"{row.get('source', 'row')}: the answer {what}; --reward exact compares texts")
+    return float(last_number(completion) == want[0])
 
 
 def exact(completion: str, row: dict) -> float:

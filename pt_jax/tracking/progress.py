@@ -10,6 +10,7 @@ from pt_jax.tracking import lines
 # Which metrics are shown when there are more than fit: these first, in this order.
 SHOW = ("loss", "reward", "rewards/margins", "rewards/accuracies", "eval_reward", "accuracy", "kl", "entropy")
 _MARKS = 4096
+_BURST = 0.05  # seconds; steps that are reported sooner after each other were done before, and fetched together
 
 
 class Stage:
@@ -30,17 +31,26 @@ class Stage:
         now = self._clock()
         self.metrics = self.metrics | {name: float(value) for name, value in metrics.items()}
         if done > self.done:
-            if len(self._marks) == _MARKS:  # a new list: another thread is drawing by the old
-                self._marks = self._marks[1::2]
-            self._marks.append((done, now))
+            self._mark(done, now)
         self.done = done
         self._changed(self, now)
+
+    def _mark(self, done, now):
+        """Always by a new list, because another thread may be drawing by the old."""
+        marks = self._marks
+        if marks and now - marks[-1][1] < _BURST:
+            marks = [*marks[:-1], (done, marks[-1][1])]
+        else:
+            marks = [*(marks[1::2] if len(marks) >= _MARKS else marks), (done, now)]
+        if len(marks) == 1 and done > 1:  # the first report is of several steps, so it has a rate
+            marks = [(0, self.begun), *marks]
+        self._marks = marks
 
     def elapsed(self, now: float) -> float:
         return (now if self.ended is None else self.ended) - self.begun
 
     def rate(self) -> float | None:
-        """Steps a second over the later half of the stage; None before the second report.
+        """Steps a second over the later half of the stage; None while there is nothing but a first step.
 
         The later half forgets the compilations of the first steps, and still averages over evaluations.
         """

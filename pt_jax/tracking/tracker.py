@@ -25,12 +25,20 @@ class Tracker:
     def warn(self, sentence: str) -> None:
         """Prints a warning above the live lines, and keeps it in ``warnings`` for a report at the end."""
         self.warnings.append(sentence)
-        self.print(f"[yellow]Warning:[/yellow] {sentence}")
+        if self.progress:
+            self.print(warning(sentence), soft_wrap=True)
 
     def print(self, *objects, **options) -> None:
         """Prints above the live lines; without a progress, nowhere."""
         if self.progress:
             self.progress.print(*objects, **options)
+
+
+def warning(sentence: str):
+    """A sentence as what ``rich`` prints of a warning; brackets in it are text."""
+    from rich.text import Text
+
+    return Text.assemble(("Warning:", "yellow"), " ", sentence)
 
 
 class TrackedStage:

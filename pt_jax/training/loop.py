@@ -24,7 +24,7 @@ def fit(state, train_step, batch_of_step, *, steps: int, on_metrics, log_every: 
       The state after the last step.
 
     Raises:
-      FloatingPointError: a loss is not finite; the parameters are not to be used.
+      FloatingPointError: a loss or a gradient is not finite; the parameters are not to be used.
     """
     waiting = []
     for i in range(int(state.step), steps):
@@ -38,8 +38,9 @@ def fit(state, train_step, batch_of_step, *, steps: int, on_metrics, log_every: 
 
 
 def report(step, metrics, on_metrics) -> None:
-    """Hands a step's fetched metrics on as floats; fails when the loss is not finite."""
+    """Hands a step's fetched metrics on as floats; fails when the loss or the gradient's norm is not finite."""
     values = {name: float(value) for name, value in metrics.items()}
     on_metrics(step, values)
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss of step {step} is {values['loss']}; a lower learning rate usually helps")
+    for name, what in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+        if not math.isfinite(values.get(name, 0.0)):
+            raise FloatingPointError(f"{what} of step {step} is {values[name]}; a lower learning rate usually helps")

@@ -1,5 +1,6 @@
 """The quickstart keeps its promises: the identity changes, folders load, the same seed gives the same numbers."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,16 +8,20 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pt_jax import models
+from pt_jax.commands import quickstart as command
 from pt_jax.tracking import metrics
+from pt_jax.tracking.progress import Progress
+from pt_jax.tracking.tracker import Tracker
 
 
 def quickstart(out, *options):
     """In a process of its own with one device, as on a laptop; whatever the tests' settings are."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "pt_jax.cli", "quickstart", "--out", str(out), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    words = [sys.executable, "-m", "pt_jax.cli", "quickstart", "--out", str(out), *options]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def fast(tmp_path_factory):
 def test_it_ends_with_tables_a_picture_models_and_the_way_on(fast):
     out, done = fast
     assert done.returncode == 0, done.stderr
-    for text in ("Answers to questions that training never asked", "implicit reward margin", f"pt-jax chat {out}/grpo"):
+    for text in ("What each stage answers", "implicit reward margin", f"pt-jax chat {out}/grpo"):
         assert text in done.stdout
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     for stage in ("base", "sft", "dpo", "grpo"):
@@ -83,6 +88,55 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     done = quickstart(tmp_path)
     assert done.returncode == 2 and "exists and is not empty" in done.stderr and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """The folder of an earlier quickstart, and a link to it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / command.MARK).write_text("{}")
+    (tmp_path / "folder/metrics.jsonl").write_text("old")
+    (tmp_path / "link").symlink_to("folder")
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_an_earlier_run_survives_bad_input(earlier, seed):
+    with pytest.raises(ValueError, match="--seed must be in"):
+        command.run(command.Quickstart(out=str(earlier), seed=seed))
+    assert (earlier / "metrics.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_folder_that_one_is_in_is_not_replaced(earlier, monkeypatch, out):
+    monkeypatch.chdir(earlier)
+    with pytest.raises(ValueError, match="is the folder that the command runs in"):
+        command.run(command.Quickstart(out=out))
+    assert (earlier / "metrics.jsonl").read_text() == "old"
+
+
+def test_a_link_stands_for_its_folder(earlier, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "prepare", stopped)
+    link = earlier.with_name("link")
+    with pytest.raises(KeyboardInterrupt) as raised:
+        command.run(command.Quickstart(out=str(link)))
+    assert raised.value.left_in == earlier and link.is_symlink()
+    assert (earlier / "metrics.jsonl").read_text() == ""  # replaced, and the new run's was begun
+
+
+def test_the_way_on_can_be_pasted_into_a_shell():
+    """Each command in one line, brackets as they stand, and a name with spaces quoted."""
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=False, force_interactive=False)
+    with Progress({"x": 1}, console=console) as progress:
+        command.show(Tracker(progress), [], "runs/[red]my first")
+    lines = out.getvalue().splitlines()
+    assert "Go on:  pt-jax chat 'runs/[red]my first/grpo'" in lines
+    path = "'runs/[red]my first/data/sft.jsonl'"
+    assert lines[-1].strip() == f"pt-jax sft --model 'runs/[red]my first/base' --data {path} --out runs/sft"
 
 
 def test_the_mark_of_a_quickstart_is_its_own(tmp_path):

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from pt_jax import models
-from pt_jax.commands import dpo, grpo, sft
+from pt_jax.commands import common, dpo, grpo, sft
+from pt_jax.data import encode, rows
 from pt_jax.tracking import metrics
 from pt_jax.tracking.tracker import Tracker
 
@@ -37,12 +40,12 @@ def train(folder, data, reward_file, tmp_path_factory):
     done = {}
 
     def run(command, **changes):
-        module, kind, rows = COMMANDS[command]
+        module, kind, lines = COMMANDS[command]
         name = json.dumps([command, changes], sort_keys=True)
         if name not in done:
             out = tmp_path_factory.mktemp("runs") / "out"
             more = ROLLOUT | {"reward": reward_file} if command == "grpo" else {}
-            options = {"model": str(folder), "data": data[rows], "out": str(out)} | BASE | more | changes
+            options = {"model": str(folder), "data": data[lines], "out": str(out)} | BASE | more | changes
             module.run(kind(**options))
             params, _ = models.load(out)
             done[name] = jax.device_get(params), metrics.read(out / "metrics.jsonl"), out
@@ -146,62 +149,210 @@ def test_a_run_of_several_updates_compiles_its_step_once(folder, data, reward_fi
     assert len(compiled) == 1
 
 
+def chosen_logps(folder, file):
+    """The mean log-probability of all chosen answers of a file, a pair at a time."""
+    model = common.open_model(folder)
+    apply, total = jax.jit(model.apply), []
+    for row in rows.read(file, kinds=("preference",)):
+        chosen, _ = encode.preference(model.tokenizer, row)
+        at = np.flatnonzero(chosen.mask)
+        tokens = np.resize(chosen.tokens, 64)  # what follows an answer does not matter to it
+        logits = apply(model.params, tokens[None], np.ones((1, 64), bool))[0][0]
+        total.append(np.asarray(jax.nn.log_softmax(logits))[at - 1, tokens[at]].sum())
+    return np.mean(total)
+
+
+def test_the_chosen_answers_are_compared_over_all_the_data_and_after_the_last_update(folder, data, tmp_path):
+    """The last step's own metric is of its batch alone, before its update: it may fall while the others rise."""
+    tracker = Tracker()
+    options = {"model": str(folder), "data": data["preference"], "out": str(tmp_path / "o"), "nll": 10.0} | BASE
+    last = dpo.run(dpo.DPO(**options), tracker)
+    before, after = (chosen_logps(path, data["preference"]) for path in (folder, tmp_path / "o"))
+    np.testing.assert_allclose([last["logps/chosen_before"], last["logps/chosen_after"]], [before, after], rtol=1e-4)
+    assert abs(last["logps/chosen"] - after) > 1e-2 * abs(after)
+    assert after > before and not tracker.warnings
+
+
 def test_a_falling_chosen_probability_is_a_warning(folder, data, tmp_path):
     """Mass that leaves the rejected answers need not go to the chosen ones; a wild rate makes sure that it does not."""
     tracker = Tracker()
     options = {"model": str(folder), "data": data["preference"], "out": str(tmp_path / "o")} | BASE
-    last = dpo.run(dpo.DPO(**options | {"learning_rate": 1.0, "steps": 3}), tracker)
-    assert last["logps/chosen"] < last["logps/chosen_before"]
+    last = dpo.run(dpo.DPO(**options | {"learning_rate": 1.0}), tracker)
+    assert last["logps/chosen_after"] < last["logps/chosen_before"]
     assert len(tracker.warnings) == 1 and "became less likely" in tracker.warnings[0]
 
 
 BAD = {
-    "no model": ({"model": "nowhere"}, "nowhere: no such folder"),
-    "no data": ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    "rate": ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
-    "steps": ({"steps": 0}, "--steps must be above 0"),
-    "warm-up": ({"warmup": 1.0}, "--warmup must be in"),
-    "microbatches": ({"microbatches": 3}, "--microbatches 3 does not divide --batch-size 8"),
-    "batch": ({"batch_size": 4}, "--batch-size 4 must be a multiple of 8"),
-    "mesh": ({"fsdp": 3}, "--fsdp 3 x --tensor 1 does not divide 8 devices"),
-    "heads": ({"tensor": 4}, "mesh axis tensor=4 does not divide axis 2 of params.layers.wk"),
-    "long rows": ({"max_length": 5}, r"completion.jsonl:1: has \d+ tokens, the limit is 5"),
-}
+    "no model": ("sft", {"model": "nowhere"}, "nowhere: no such folder"),
+    "no data": ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    "rate": ("sft", {"learning_rate": 0.0}, "--learning-rate must be above 0"),
+    "endless rate": ("sft", {"learning_rate": math.inf}, r"--learning-rate must be in \[0.0, inf\), got inf"),
+    "endless epochs": ("sft", {"epochs": math.inf, "steps": None}, "--epochs must be in"),
+    "steps": ("sft", {"steps": 0}, "--steps must be above 0"),
+    "warm-up": ("sft", {"warmup": 1.0}, "--warmup must be in"),
+    "decay": ("sft", {"weight_decay": -1.0}, "--weight-decay must be in"),
+    "clip": ("sft", {"clip": 0.0}, "--clip must be above 0"),
+    "seed": ("sft", {"seed": -1}, r"--seed must be in \[0, 4294967296\), got -1"),
+    "microbatches": ("sft", {"microbatches": 3}, "--microbatches 3 does not divide --batch-size 8"),
+    "batch": ("sft", {"batch_size": 4}, "--batch-size 4 must be a multiple of 8"),
+    "mesh": ("sft", {"fsdp": 3}, "--fsdp 3 x --tensor 1 does not divide 8 devices"),
+    "heads": ("sft", {"tensor": 4}, "mesh axis tensor=4 does not divide axis 2 of params.layers.wk"),
+    "long rows": ("sft", {"max_length": 5}, r"completion.jsonl:1: has \d+ tokens, the limit is 5"),
+    "no length": ("sft", {"max_length": 0}, "--max-length must be above 0"),
+    "no length of a pair": ("dpo", {"max_length": -5}, "--max-length must be above 0"),
+    "beta": ("dpo", {"beta": 0.0}, "--beta must be above 0"),
+    "labels": ("dpo", {"label_smoothing": 0.7}, r"--label-smoothing must be in \[0.0, 0.5\), got 0.7"),
+    "nll": ("dpo", {"nll": -1.0}, "--nll must be in"),
+    "low clip": ("grpo", {"clip_low": 1.5}, r"--clip-low must be in \[0.0, 1.0\), got 1.5"),
+    "high clip": ("grpo", {"clip_high": -0.1}, "--clip-high must be in"),
+    "kl": ("grpo", {"kl": -1.0}, "--kl must be in"),
+    "temperature": ("grpo", {"temperature": 0.0}, "--temperature must be above 0"),
+    "updates": ("grpo", {"updates": 0}, "--updates must be above 0"),
+    "group": ("grpo", {"group": 1}, "needs at least 2"),
+    "room": (
+        "grpo", {"max_new_tokens": 90},
+        r"question.jsonl:1: has \d+ tokens and 90 are to be sampled, the limit is 96",
+    ),
+    "reward": ("grpo", {"reward": "nothing"}, "must be number, exact or FILE"),
+    "no file": ("grpo", {"reward": "no.py:f"}, "there is no file no.py"),
+    "no Python": ("grpo", {"reward": "{rewards}.txt:f"}, r"rewards.txt is no Python file; its name must end in .py"),
+    "no function": ("grpo", {"reward": "{rewards}.py:g"}, r"rewards.py has no function g"),
+    "a list": ("grpo", {"reward": "{rewards}.py:a_list"}, r"question.jsonl:1: the reward must be .* returned \[1.0\]"),
+    "a text": ("grpo", {"reward": "{rewards}.py:a_text"}, r"question.jsonl:1: the reward must be .* returned '1.0'"),
+    "an array": ("grpo", {"reward": "{rewards}.py:an_array"}, r"question.jsonl:1: the reward must be .* array\(\[1"),
+    "no number": ("grpo", {"data": "{rewards}.jsonl"}, r"rewards.jsonl:2: the answer must name one .*, got 'Llama'"),
+    "no number held out": ("grpo", {"eval_data": "{rewards}.jsonl"}, r"rewards.jsonl:2: the answer must name one"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def strange_rewards(tmp_path_factory):
+    """Files named "rewards" that no run can use."""
+    stem = tmp_path_factory.mktemp("strange") / "rewards"
+    code = (
+        "import numpy as np\n"
+        "a_list = lambda completion, row: [1.0]\n"
+        "a_text = lambda completion, row: '1.0'\n"
+        "an_array = lambda completion, row: np.ones(1)\n"
+    )
+    stem.with_suffix(".py").write_text(code)
+    stem.with_suffix(".txt").write_text(code)
+    rows.write_jsonl(stem.with_suffix(".jsonl"), [{"prompt": "a", "answer": n} for n in ("4", "Llama")])
+    return str(stem)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_leaves_nothing(folder, data, tmp_path, case):
-    changes, message = BAD[case]
+def test_bad_input_is_one_sentence_and_leaves_nothing(folder, data, strange_rewards, tmp_path, case):
+    command, changes, message = BAD[case]
+    module, kind, lines = COMMANDS[command]
+    changes = {k: v.format(rewards=strange_rewards) if isinstance(v, str) else v for k, v in changes.items()}
     out = tmp_path / "deep" / "out"
-    options = {"model": str(folder), "data": data["completion"], "out": str(out)} | BASE | changes
+    options = {"model": str(folder), "data": data[lines], "out": str(out)} | BASE | changes
     with pytest.raises(ValueError, match=message):
-        sft.run(sft.SFT(**options))
+        module.run(kind(**options))
     assert not out.parent.exists()
 
 
-def test_questions_that_leave_no_room_for_an_answer_are_refused(folder, data, tmp_path):
-    options = {"model": str(folder), "data": data["question"], "out": str(tmp_path / "o")} | BASE
-    with pytest.raises(ValueError, match=r"question.jsonl:1: has \d+ tokens and 90 are to be sampled, the limit is 96"):
-        grpo.run(grpo.GRPO(**options | {"max_new_tokens": 90}))
-    with pytest.raises(ValueError, match="needs at least 2"):
-        grpo.run(grpo.GRPO(**options | {"group": 1}))
-    for reward, message in {"nothing": "must be number, exact or FILE", "no.py:f": "there is no file no.py"}.items():
-        with pytest.raises(ValueError, match=message):
-            grpo.run(grpo.GRPO(**options | {"reward": reward}))
+def test_what_a_reward_says_is_a_number(folder):
+    row = {"source": "x:1"}
+    for said, number in (
+        (1, 1.0),
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), 1.0),
+        (jax.numpy.ones(()), 1.0),
+    ):
+        got = grpo.judge(lambda *_, said=said: said, "", row)
+        assert got == number and type(got) is float
+    assert math.isnan(grpo.judge(lambda *_: None, "", row))  # no verdict
+    with pytest.raises(
+        ValueError, match=r"x:1: the reward must be a number or None, but the function returned \(1, 2\)"
+    ):
+        grpo.judge(lambda *_: (1, 2), "", row)
 
 
-def test_a_folder_is_replaced_only_when_asked(folder, data, tmp_path, train):
+def test_a_reward_of_ones_own_is_tried_on_one_row_and_a_known_one_on_all():
+    """The first may ask a server; the second only reads the answers."""
+    data, asked = [{"answer": 1, "source": str(i)} for i in range(3)], []
+    grpo.try_reward("mine.py:f", lambda text, row: asked.append((text, row["source"])) or 0.0, data, data[1:], [])
+    assert asked == [("", "0"), ("", "1")]
+    with pytest.raises(ValueError, match="9: the answer must name one number"):
+        grpo.try_reward("number", grpo.REWARDS["number"], data, [*data, {"answer": "?", "source": "9"}])
+
+
+@pytest.fixture
+def earlier(folder, data, tmp_path):
+    """An earlier run's folder, with everything in it that a run may read."""
     out = tmp_path / "out"
-    options = {"model": str(folder), "data": data["completion"], "out": str(out)} | BASE
-    sft.run(sft.SFT(**options))
-    before = (out / "model.safetensors").read_bytes()
+    shutil.copytree(folder, out)
+    (out / "metrics.jsonl").write_text("old")
+    (out / "reward.py").write_text("f = lambda completion, row: 1.0")
+    shutil.copy(data["completion"], out / "rows.jsonl")
+    shutil.copy(data["question"], out / "questions.jsonl")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        ("sft", "model", ""),
+        ("sft", "data", "rows.jsonl"),
+        ("grpo", "eval_data", "questions.jsonl"),
+        ("grpo", "reward", "reward.py:f"),
+    ],
+)
+def test_nothing_that_a_run_reads_is_replaced(folder, data, earlier, command, option, name):
+    module, kind, lines = COMMANDS[command]
+    before = bytes_of(earlier)
+    options = {"model": str(folder), "data": data[lines], "out": str(earlier), "overwrite": True} | BASE
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"^--out \S+ would replace {flag} {earlier}"):
+        module.run(kind(**options | {option: str(earlier / name)}))
+    assert bytes_of(earlier) == before
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_folder_is_replaced_only_when_asked_and_by_a_whole_run(folder, data, earlier):
+    options = {"model": str(folder), "data": data["completion"], "out": str(earlier)} | BASE
+    before = bytes_of(earlier)
     with pytest.raises(ValueError, match="out: exists and is not empty"):
-        sft.run(sft.SFT(**options | {"seed": 3}))
-    assert (out / "model.safetensors").read_bytes() == before
-    sft.run(sft.SFT(**options | {"seed": 3, "overwrite": True}))
-    assert (out / "model.safetensors").read_bytes() != before
-    with pytest.raises(ValueError, match="is the model's own folder"):
-        sft.run(sft.SFT(**options | {"model": str(out), "overwrite": True}))
+        sft.run(sft.SFT(**options))
+    assert bytes_of(earlier) == before
+    sft.run(sft.SFT(**options, overwrite=True))
+    after = bytes_of(earlier)
+    assert after["model.safetensors"] != before["model.safetensors"] and "rows.jsonl" not in after
+    assert len(metrics.read(earlier / "metrics.jsonl")) == 2 and "run.json" in after
+    assert [p.name for p in earlier.parent.iterdir()] == ["out"]
+
+
+def stopped(fit, *_):
+    raise KeyboardInterrupt
+
+
+def spoiled(fit, *_):
+    """Ends with a parameter that is not a number, as a last update can whose loss was fine before it."""
+    fit.state = fit.state.replace(params=jax.tree.map(lambda x: x * math.nan, fit.state.params))
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "said"),
+    [
+        (stopped, KeyboardInterrupt, None),
+        (spoiled, FloatingPointError, r"embed is not finite, so nothing is saved; a lower"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_fails_saves_nothing_and_loses_nothing(folder, data, earlier, monkeypatch, run, error, said, again):
+    out = earlier if again else earlier.with_name("new")
+    monkeypatch.setattr(common.Fit, "run", run)
+    before = bytes_of(earlier)
+    with pytest.raises(error, match=said):
+        sft.run(sft.SFT(model=str(folder), data=data["completion"], out=str(out), overwrite=again, **BASE))
+    assert bytes_of(earlier) == before
+    assert {p.name for p in out.parent.iterdir()} == {"out", out.name + ".unfinished"}
 
 
 def test_the_options_that_are_not_above_are_known():

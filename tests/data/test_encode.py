@@ -194,7 +194,6 @@ def test_a_template_that_rewrites_history_can_be_marked():
     assert spans(got) == [" ok 🙂<|im_end|>", "hm</think>世界\n\n12é<|im_end|>"]
 
 
-@pytest.mark.xfail(strict=True, reason="transformers maps a mark's last character to the first of its tokens")
 def test_a_mark_that_ends_within_a_turn_has_every_byte_of_its_last_character():
     outside = TOKENIZER.chat_template.replace(
         "{{- message['content'] + '<|im_end|>' }}{% endgeneration %}",
@@ -222,6 +221,16 @@ def test_a_template_that_fails_is_told_with_its_reason():
     tokenizer = with_template("{{ raise_exception('no system messages please') }}")
     with pytest.raises(ValueError, match=r"^rows.jsonl:7: the chat template fails .*no system messages please"):
         encode.supervised(tokenizer, row(messages=CHAT))
+
+
+@EITHER_WAY
+def test_a_long_row_is_the_callers_to_refuse(tokenizer, end):
+    """transformers would warn of it on the terminal, once, before the sentence that names the row."""
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 4
+    for r in (row(messages=CHAT), row(prompt="what is 2+2?", completion="The answer is 4."), row(text="2+2 2+2")):
+        assert len(encode.supervised(short, r).tokens) > 4
+    assert not short.deprecation_warnings.get("sequence-length-is-longer-than-the-specified-maximum")
 
 
 @EITHER_WAY

@@ -50,10 +50,22 @@ def test_the_caller_says_which_kinds_it_can_use(tmp_path):
         rows.read(path, kinds=("preference", "text"))
 
 
+def test_a_row_that_could_be_read_in_two_ways_is_refused(tmp_path):
+    """The text would be trained on whole, the completion would not; nobody can tell which was meant."""
+    path = jsonl(tmp_path, {"text": "ab"}, {"text": "ab", "prompt": "a", "completion": "b"})
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: could be read as text or prompt \+ completion; leave out"):
+        rows.read(path, kinds=("text", "messages", "completion"))
+    assert [r["kind"] for r in rows.read(path, kinds=("text", "question"))] == ["text", "text"]
+
+
 def test_a_byte_order_mark_and_blank_lines_do_not_matter_and_do_not_shift_the_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff\n{"text": "é"}\r\n\r\n   \n{"text": "b"}\n\n'.encode())
     assert [(r["text"], r["source"]) for r in rows.read(path)] == [("é", f"{path}:2"), ("b", f"{path}:5")]
+
+
+def test_a_character_in_two_halves_is_one(tmp_path):
+    assert rows.read(jsonl(tmp_path, r'{"text": "\ud83d\ude42"}'))[0]["text"] == "🙂"
 
 
 def test_a_separator_inside_a_string_ends_no_line(tmp_path):
@@ -94,6 +106,10 @@ def test_a_separator_inside_a_string_ends_no_line(tmp_path):
         ('{"prompt": "a", "answer": NaN}', r"answer must be a string or a finite number, got nan"),
         pytest.param('{"text": ' + "1" * 5000 + "}", r"is not JSON that can be read", id="5000 digits"),
         pytest.param("[" * 100_000, r"is not JSON that can be read", id="100000 brackets"),
+        (r'{"text": "ab\ud800"}', r"text is not Unicode text: '\\ud800' at character 3 is half of a character"),
+        (r'{"messages": [{"role": "user", "content": "\udfff"}]}', r"messages\[0\] is not Unicode text: '\\udfff'"),
+        (r'{"prompt": "a", "chosen": "b", "rejected": "\ud83d "}', r"rejected is not Unicode text: '\\ud83d'"),
+        (r'{"prompt": "a", "answer": "\ud800"}', r"answer is not Unicode text: '\\ud800'"),
         ('{"prompt": "a", "answer": ["4"]}', r"answer must be a string or a finite number, got \['4'\]"),
     ],
 )  # fmt: skip

@@ -29,7 +29,8 @@ def toy(params, tokens, seen):
     return jnp.einsum("btd,vd->btv", x, params["embed"]), None
 
 
-SIZES = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "head_width": 4, "hidden": 16}
+# each tensor device has one of the key heads, and the two query heads that it serves
+SIZES = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "hidden": 16}
 CONFIG = models.Config(vocab=VOCAB, **SIZES, qk_norm=False)
 LAYER = {"gate": (1, 16, 24), "up": (1, 16, 24), "down": (1, 24, 16)}
 TOY = {"embed": (VOCAB, 16), "norm": (16,), "layers": LAYER}
@@ -105,7 +106,7 @@ def run(model, method, mesh=None, microbatches=1):
 CASES = [
     *(("toy", method, mesh, 2) for method in MAKE for mesh in MESHES),
     ("toy", "grpo", "2x2x2", 1),
-    ("decoder", "sft", "2x2x2", 2),
+    *(("decoder", method, "2x2x2", 2) for method in MAKE),
 ]
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 

@@ -1,4 +1,4 @@
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -25,10 +25,27 @@ from pt_jax.rewards import answers
         ("50%", "50"),
         (r"\boxed{42}", "42"),
         ("42\n\n", "42"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("10-3", "3"),  # a difference
+        ("f(2)-3", "3"),
+        ("x = -3", "-3"),
+        ("covid-19", "19"),
+        ("\u22123", "-3"),
+        ("10\u22123", "3"),
+        ("1e-05", "0.00001"),
+        ("1.5E+3", "1500"),
+        ("1e20", "100000000000000000000"),
+        ("1,2345", "2345"),
+        ("it is 3/4", "3/4"),
+        ("-3/4.", "-3/4"),
+        ("8/3/2024", "2024"),
+        ("7, not 3/0", "7"),
+        ("2e99999", "99999"),  # nobody means it, and it would take for ever to compare
     ],
 )
 def test_the_last_number_of_a_text(text, number):
-    assert answers.last_number(text) == Decimal(number)
+    assert answers.last_number(text) == Fraction(number)
 
 
 @pytest.mark.parametrize("text", ["", "none", "-", "."])
@@ -52,6 +69,20 @@ def test_a_text_without_a_number(text):
         ("no idea", "0", 0.0),
         ("72", "48 / 2 + 48 = #### 72", 1.0),
         ("10000000000000000000000001", "10000000000000000000000000", 0.0),
+        ("20", 1e20, 0.0),
+        ("100000000000000000000", 1e20, 1.0),
+        ("0.00001", 1e-05, 1.0),
+        ("05", 1e-05, 0.0),
+        ("-0.5", -0.5, 1.0),
+        ("3/4", "5/4", 0.0),
+        ("4", "3/4", 0.0),
+        ("3/4", 4, 0.0),
+        ("0.75", "3/4", 1.0),
+        (".5", "0.5", 1.0),
+        ("10-3", "-3", 0.0),
+        ("\u22123", "-3", 1.0),
+        ("3", "\u22123", 0.0),
+        ("$1,000", "1,000 dollars", 1.0),
     ],
 )
 def test_the_number_is_the_answer(completion, answer, reward):
@@ -62,10 +93,18 @@ def test_the_number_is_the_answer(completion, answer, reward):
 
 def test_an_answer_that_is_no_number_is_an_error_and_no_zero():
     """A reward of 0 for every completion would look like a model that learns nothing."""
-    with pytest.raises(ValueError, match=r"questions.jsonl:3: the answer has no number: 'four'"):
+    with pytest.raises(
+        ValueError, match=r"questions.jsonl:3: the answer must name one number, got 'four'; --reward exact"
+    ):
         answers.number("4", {"answer": "four", "source": "questions.jsonl:3"})
-    with pytest.raises(ValueError, match=r"row: the answer has no number"):
-        answers.number("4", {"answer": ""})
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "10-3", "1,2", "3 or 4", "2 + 2 = 4", "8/3/2024", "3/0", "#### ", "1 #### 2, 3"]
+)
+def test_an_answer_that_names_several_numbers_is_refused(answer):
+    with pytest.raises(ValueError, match=r"row: the answer must name one number"):
+        answers.number("4", {"answer": answer})
 
 
 @pytest.mark.parametrize(

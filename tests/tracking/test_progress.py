@@ -69,6 +69,33 @@ def test_the_rate_leaves_out_the_compilation_before_the_first_step(clock):
     assert stage.left(clock()) == pytest.approx(89 / 2.0)
 
 
+@pytest.mark.parametrize("log_every", [2, 10])
+def test_steps_that_are_reported_together_were_not_done_together(clock, log_every):
+    """The loop fetches metrics once an interval, and then reports every step of it."""
+    stage = Stage("sft", 100, clock, lambda *_: None)
+    for burst in range(1, 5):
+        clock.now += log_every  # one step a second
+        for i in range(log_every):
+            clock.now += 1e-4
+            stage.reach((burst - 1) * log_every + i + 1)
+        assert stage.rate() == pytest.approx(1.0, rel=1e-2)
+        assert stage.left(clock()) == pytest.approx(100 - burst * log_every, rel=1e-2)
+
+
+def test_a_first_report_of_several_steps_has_a_rate_that_the_next_ones_correct(clock):
+    stage = Stage("sft", 100, clock, lambda *_: None)
+    for seconds, rate in ((30, 1 / 3), (10, 1.0), (10, 1.0)):  # the first ones wait for a compilation
+        clock.now += seconds
+        stage.advance(10)
+        assert stage.rate() == pytest.approx(rate)
+
+
+def test_steps_faster_than_the_clock_is_read_have_their_rate(clock):
+    stage = Stage("sft", 10_000, clock, lambda *_: None)
+    walk(clock, stage, 3000, 0.001)
+    assert stage.rate() == pytest.approx(1000, rel=0.05)
+
+
 def test_the_rate_follows_a_change_of_pace(clock):
     stage = Stage("grpo", 1000, clock, lambda *_: None)
     walk(clock, stage, 100, 0.1)

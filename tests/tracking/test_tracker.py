@@ -42,6 +42,17 @@ def test_without_progress_it_writes_and_without_a_file_it_shows(tmp_path):
         assert progress.run["sft"].done == 1
 
 
+def test_a_warning_is_one_line_shown_and_kept_with_brackets_as_they_stand():
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=False, force_interactive=False)
+    with Progress({"sft": 1}, console=console) as progress:
+        tracker = Tracker(progress)
+        tracker.warn("runs/[red]a is " + "long " * 10)
+    Tracker().warn("nowhere")
+    assert out.getvalue() == "Warning: runs/[red]a is " + "long " * 10 + "\n"
+    assert tracker.warnings == ["runs/[red]a is " + "long " * 10]
+
+
 @pytest.mark.parametrize("name", ["step", "stage"])
 def test_a_metric_may_not_take_the_name_of_the_step_or_the_stage(name):
     with Tracker().stage("sft", 1) as stage, pytest.raises(ValueError, match=rf"\['{name}'\].*rename"):

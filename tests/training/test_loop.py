@@ -96,6 +96,14 @@ def test_what_is_frozen_reaches_the_loss():
     assert shifted[0][1]["loss"] > 100 * plain[0][1]["loss"]
 
 
+@pytest.mark.parametrize("norm", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(norm):
+    seen = []
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm of step 7 is (nan|inf); a lower learning rate"):
+        loop.report(7, {"loss": 1.0, "grad_norm": np.float32(norm)}, lambda *x: seen.append(x))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("log_every", [1, 10])
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_step(bad, log_every):
