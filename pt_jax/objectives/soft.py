@@ -211,7 +211,8 @@ def sapo(logps, old_logps, advantages, mask, *, temperature_pos=1.0, temperature
     advantages = jax.lax.stop_gradient(advantages)
     temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg).astype(advantages.dtype)
     ratio = jnp.exp(jnp.minimum(weights.log_ratio(logps, jax.lax.stop_gradient(old_logps)), _FAR))
-    return 0 - 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
+    # exp(log p), because the slope of a sigmoid loses its digits where p is nearly 1
+    return 0 - 4 / temperature * jnp.exp(jax.nn.log_sigmoid(temperature * (ratio - 1))) * advantages
 
 
 def vespo_weights(
