@@ -36,11 +36,12 @@ def main():
         return metrics
 
     seconds = best(steps) / STEPS
-    matrices = models.decoder.count(params) - CONFIG.vocab * CONFIG.width  # looking an embedding up multiplies nothing
+    count = models.parameters.count(params)
+    matrices = count - CONFIG.vocab * CONFIG.width  # looking an embedding up multiplies nothing
     attention = 2 * CONFIG.layers * LENGTH * CONFIG.heads * CONFIG.head_width  # q k and p v, a token
     operations = 6 * (matrices + attention) * ROWS * LENGTH
     rate, floor = ROWS * LENGTH / seconds, ROWS * LENGTH * peak() / operations
-    config = {"parameters": models.decoder.count(params), "rows": ROWS, "length": LENGTH}
+    config = {"parameters": count, "rows": ROWS, "length": LENGTH}
     report("train_step/sft", rate, "tokens/s", floor, config)
 
 

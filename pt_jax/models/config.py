@@ -1,7 +1,7 @@
-"""What a model is: the numbers and choices that fix its shapes and its arithmetic."""
+"""What a model is, the numbers and choices that fix its shapes and its arithmetic; and how it is computed."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,18 @@ class Config:
       attention_softcap: bounds the scores, cap tanh(score / cap), or None.
       logit_softcap: the same of the logits.
       embed_scale: multiplies the embeddings.
+      experts: feed-forward networks of a layer of which each token uses some; 0: one network, that all use.
+      experts_per_token: how many.
+      expert_hidden: of one expert.
+      expert_layers: whether each layer has experts; empty: all, when there are experts.
+      shared_hidden: of a network beside the experts that every token uses; 0: none.
+      norm_experts: whether the weights of a token's experts are divided by their sum.
+      expert_floor: the sum is at least this before dividing (ERNIE 4.5).
+      router_bias: a bias that decides which experts are chosen, but not how much they weigh (ERNIE 4.5).
+      head: "tokens": logits over the vocabulary; "score": one number, for reward and value models (``heads``).
 
     Raises:
-      ValueError: a number is not positive, or the heads do not divide.
+      ValueError: a number is not positive, the heads do not divide, or the experts do not add up.
 
     >>> Config(vocab=64, layers=2, width=16, heads=3, kv_heads=2, head_width=4, hidden=32)
     Traceback (most recent call last):
@@ -116,6 +125,15 @@ class Config:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embed_scale: float = 1.0
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_hidden: int = 0
+    expert_layers: tuple[bool, ...] = ()
+    shared_hidden: int = 0
+    norm_experts: bool = True
+    expert_floor: float = 0.0
+    router_bias: bool = False
+    head: Literal["tokens", "score"] = "tokens"
 
     def __post_init__(self):
         for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_width", "hidden", "max_length"):
@@ -126,7 +144,14 @@ class Config:
         if not self.learned_positions and self.rope_width % 2:
             of = "head_width" if self.rope_fraction == 1 else "rope_fraction * head_width"
             raise ValueError(f"{of}={self.rope_width} is odd; rotary positions turn pairs")
-        for name in ("windows", "rope_layers"):
+        if self.experts:
+            if not 1 <= self.experts_per_token <= self.experts:
+                raise ValueError(f"experts_per_token={self.experts_per_token} must be from 1 to experts={self.experts}")
+            if self.expert_hidden < 1:
+                raise ValueError(f"expert_hidden must be at least 1, got {self.expert_hidden}")
+        elif self.expert_layers or self.shared_hidden or self.router_bias:
+            raise ValueError("expert_layers, shared_hidden and router_bias need experts")
+        for name in ("windows", "rope_layers", "expert_layers"):
             if getattr(self, name) and len(getattr(self, name)) != self.layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
         if not self.family:
@@ -136,3 +161,42 @@ class Config:
     def rope_width(self) -> int:
         """How much of a head's width is rotated."""
         return int(self.head_width * self.rope_fraction)
+
+    @property
+    def has_experts(self) -> tuple[bool, ...]:
+        """Of each layer."""
+        return self.expert_layers or (bool(self.experts),) * self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed: changes time, memory and rounding, never what is computed.
+
+    Args:
+      attention: "plain": written out, with the scores [B, h, T, S] in memory; "cudnn": the flash attention of NVIDIA's
+        library, for 16-bit types; "auto": the best that the device and the model allow.
+      remat: what of the forward pass is kept for the backward pass: "none": all of it; "layer": each layer's input,
+        and the layer is computed again; "dots": results of matrix products without batch axes, and the rest is
+        computed again.
+      dtype: that the model computes in, such as "bfloat16"; None: that of the embedding. Norms' statistics, positions,
+        softmax and routers are float32 always.
+
+    >>> Execution(remat="all")
+    Traceback (most recent call last):
+    ValueError: remat is 'all'; known are 'none', 'layer', 'dots'
+    """
+
+    attention: Literal["auto", "plain", "cudnn"] = "auto"
+    remat: Literal["none", "layer", "dots"] = "none"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        for name in ("attention", "remat"):
+            known = get_args(get_type_hints(Execution)[name])
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(repr, known))}")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; known are None, 'float32', 'bfloat16', 'float16'")
+
+
+DEFAULT = Execution()

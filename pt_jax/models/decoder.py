@@ -1,17 +1,11 @@
 """A decoder as functions over a dict of arrays: one program for every family, chosen by ``Config``.
 
-Letters of every einsum: b row, t query position, s key position, d width, h heads, k key/value heads, c head width,
-f hidden, v vocabulary. Weights are stored input axes first, layers stacked on axis 0 and scanned, so that compile time
-does not grow with depth:
-
-    embed [v, d], norm [d], unembed [v, d] (when not tied), positions [n, d] (when learned), and under "layers", each
-    with a leading L: wq [d, h, c], wk [d, k, c], wv [d, k, c], wo [h, c, d], gate [d, f], up [d, f], down [f, d],
-    attn_norm, mlp_norm [d] of what goes in, attn_out_norm, mlp_out_norm [d] of what comes out, q_norm, k_norm [c]
-    (or whole, [h, c] and [k, c]). A bias has the name of its product and the axes of its result: wq_bias [h, c].
+Letters and the parameter tree are those of ``parameters``. Layers are stacked on axis 0 and scanned, so that compile
+time does not grow with depth; where layers with experts and without follow each other, each run of one kind is a scan
+of its own.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,75 +13,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.models import attention, rotary
-from pt_jax.models.config import Config
+from pt_jax.models import attention, experts, linear, parameters, rotary
+from pt_jax.models.config import DEFAULT, Config, Execution
+from pt_jax.models.visibility import sight
 
 
-def shapes(config: Config) -> dict:
-    """The parameter tree with a shape in the place of every array."""
-    d, h, k, c, f = config.width, config.heads, config.kv_heads, config.head_width, config.hidden
-    layer = {"wq": (d, h, c), "wk": (d, k, c), "wv": (d, k, c), "wo": (h, c, d), "up": (d, f), "down": (f, d)}
-    if config.gated:
-        layer["gate"] = (d, f)
-    if config.qkv_bias:
-        layer |= {"wq_bias": (h, c), "wk_bias": (k, c), "wv_bias": (k, c)}
-    if config.out_bias:
-        layer["wo_bias"] = (d,)
-    if config.mlp_bias:
-        layer |= {f"{name}_bias": layer[name][1:] for name in ("gate", "up", "down") if name in layer}
-    if config.qk_norm:
-        layer |= {"q_norm": (h, c), "k_norm": (k, c)} if config.qk_norm_whole else {"q_norm": (c,), "k_norm": (c,)}
-    tree = {"embed": (config.vocab, d), "norm": (d,)}
-    if config.norms != "post":
-        layer |= {"attn_norm": (d,), "mlp_norm": (d,)}
-    if config.norms != "pre":
-        layer |= {"attn_out_norm": (d,), "mlp_out_norm": (d,)}
-    if config.norm == "layer":
-        layer |= {
-            f"{name}_bias": (d,) for name in layer if name.startswith(("attn_", "mlp_")) and name.endswith("norm")
-        }
-        tree["norm_bias"] = (d,)
-    if config.learned_positions:
-        tree["positions"] = (config.max_length, d)
-    if not config.tied:
-        tree["unembed"] = (config.vocab, d)
-    return tree | {"layers": {name: (config.layers, *shape) for name, shape in layer.items()}}
-
-
-def init(config: Config, key, dtype=jnp.float32) -> dict:
-    """Fresh parameters: norms 1 (0 where 1 is added to them), biases 0, matrices normal with deviation 0.02.
-
-    The two matrices that write into the residual stream are scaled by 1 / sqrt(2 L), so that its variance does not
-    grow with depth (Radford et al. 2019, section 2.3).
+class Output(NamedTuple):
+    """What ``forward`` computes.
 
     Args:
-      config: the model.
-      key: PRNG key.
-      dtype: of the parameters.
-
-    Returns:
-      The tree of arrays that ``apply`` takes.
+      hidden: [B, T, d] the last hidden states, normed.
+      cache: with these tokens appended; None without one.
+      routing: ``experts.Routing`` of the layers with experts; None without experts.
     """
-    tree = shapes(config)
-    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
 
-    def fresh(i, path, shape):
-        name = path[-1].key
-        if name.endswith("bias"):
-            return jnp.zeros(shape, dtype)
-        if name.endswith("norm"):
-            return jnp.full(shape, config.norm != "rms_plus_one", dtype)
-        scale = 0.02 / math.sqrt(2 * config.layers) if name in ("wo", "down") else 0.02
-        return (jax.random.normal(jax.random.fold_in(key, i), shape) * scale).astype(dtype)
-
-    treedef = jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, tuple))
-    return jax.tree.unflatten(treedef, [fresh(i, path, shape) for i, (path, shape) in enumerate(paths)])
+    hidden: jax.Array
+    cache: dict | None
+    routing: experts.Routing | None
 
 
 def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32) -> dict:
-    """An empty cache for ``length`` tokens of ``rows`` rows: keys and values [L, B, S, k, c], seen [B, S], end."""
+    """An empty cache for ``length`` tokens of ``rows`` rows.
+
+    Keys and values k, v [L, B, S, k, c], seen [B, S], end; and, of a model with experts, routes [M, B, S, K], which
+    experts the M layers that have them chose.
+    """
     kv = jnp.zeros((config.layers, rows, length, config.kv_heads, config.head_width), dtype)
-    return {"k": kv, "v": kv, "seen": jnp.zeros((rows, length), bool), "end": jnp.int32(0)}
+    cache = {"k": kv, "v": kv, "seen": jnp.zeros((rows, length), bool), "end": jnp.int32(0)}
+    if config.experts:
+        shape = (sum(config.has_experts), rows, length, config.experts_per_token)
+        cache["routes"] = jnp.zeros(shape, jnp.int32)
+    return cache
 
 
 def _over(x, gain, axes):
@@ -107,13 +63,9 @@ def _norm(config, w, name, x, axes=1):
     return y + _over(x, w[f"{name}_bias"].astype(x.dtype), axes) if config.norm == "layer" else y
 
 
-def _product(equation, x, w):
-    return jnp.einsum(equation, x, w.astype(x.dtype))
-
-
-def _linear(equation, x, w, name):
+def _linear(x, w, name):
     """The product with a weight, and its bias where there is one."""
-    y = _product(equation, x, w[name])
+    y = linear.einsum(parameters.PRODUCTS[name], x, w[name])
     bias = w.get(f"{name}_bias")
     return y if bias is None else y + _over(y, bias.astype(y.dtype), bias.ndim)
 
@@ -121,7 +73,7 @@ def _linear(equation, x, w, name):
 def _qkv(config, w, x, rotation):
     """Queries, keys and values of a block's input, rotated to their positions (``rotation`` None: not rotated)."""
     h = x if config.norms == "post" else _norm(config, w, "attn_norm", x)
-    q, k, v = (_linear(f"btd,d{n}c->bt{n}c", h, w, name) for n, name in (("h", "wq"), ("k", "wk"), ("k", "wv")))
+    q, k, v = (_linear(h, w, name) for name in ("wq", "wk", "wv"))
     if config.qk_norm:
         axes = 2 if config.qk_norm_whole else 1
         q, k = _norm(config, w, "q_norm", q, axes), _norm(config, w, "k_norm", k, axes)
@@ -137,62 +89,135 @@ ACTIVATIONS = {
 }
 
 
-def _finish(config, w, x, attended):
+def _network(config, w, h, prefix=""):
+    """One feed-forward network."""
+    activation, up = ACTIVATIONS[config.activation], _linear(h, w, f"{prefix}up")
+    h = activation(_linear(h, w, f"{prefix}gate")) * up if config.gated else activation(up)
+    return _linear(h, w, f"{prefix}down")
+
+
+def _feed_forward(config, w, h, has_experts, route):
+    """The network of a layer, or its experts; and their ``Routing``, or None."""
+    if not has_experts:
+        return _network(config, w, h), None
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    deep = lambda x: x.reshape(*h.shape[:2], -1)
+    activation = ACTIVATIONS[config.activation]
+    y, choices, logits = experts.mixture(config, w, flat(h), activation, None if route is None else flat(route))
+    y = deep(y) + _network(config, w, h, "shared_") if config.shared_hidden else deep(y)
+    return y, experts.Routing(deep(logits), deep(choices))
+
+
+def _finish(config, w, x, attended, has_experts, route):
     """The block after attention: output projection and feed-forward layer, each added to the stream."""
     out = lambda name, y: y if config.norms == "pre" else _norm(config, w, name, y)
-    x = x + out("attn_out_norm", _linear("bthc,hcd->btd", attended, w, "wo"))
+    x = x + out("attn_out_norm", _linear(attended, w, "wo"))
     h = x if config.norms == "post" else _norm(config, w, "mlp_norm", x)
-    up, activation = _linear("btd,df->btf", h, w, "up"), ACTIVATIONS[config.activation]
-    h = activation(_linear("btd,df->btf", h, w, "gate")) * up if config.gated else activation(up)
-    return x + out("mlp_out_norm", _linear("btf,fd->btd", h, w, "down"))
+    y, routing = _feed_forward(config, w, h, has_experts, route)
+    return x + out("mlp_out_norm", y), routing
 
 
-def hidden(config: Config, params, tokens, seen, cache=None):
-    """The last hidden states, normed: [B, T, d], and the cache with these tokens appended (None without one).
+def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, routes=None) -> Output:
+    """The last hidden states, and what came about on the way.
 
-    Arguments as ``apply``.
+    Args:
+      config, params, tokens, seen, cache, how: as ``apply``.
+      routes: [M, B, T, K] int32, which experts to use instead of those that the routers would choose, such as the
+        sampler's (``cache["routes"]``), so that the trainer computes what the sampler computed; or None.
+
+    Raises:
+      ValueError: the shapes disagree, or texts are packed and cached at once.
     """
     checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T"))
-    (B, T), start = seen.shape, 0 if cache is None else cache["end"]
-    all_seen = seen if cache is None else jax.lax.dynamic_update_slice(cache["seen"], seen, (0, start))
-    S = all_seen.shape[1]
-    position = jax.lax.dynamic_slice(jnp.cumsum(all_seen, 1) - 1, (0, start), (B, T))
-    position = jnp.maximum(position, 0)
-    x = params["embed"][tokens]
+    if routes is not None:
+        checks.shapes(tokens=(tokens, "B T"), routes=(routes, "M B T K"))
+    T, start, all_seen = seen.shape[1], 0, seen
+    if cache is not None:
+        if seen.dtype != bool:
+            raise ValueError("seen numbers the texts of packed rows, which have no cache; give a bool, one text a row")
+        start = cache["end"]
+        all_seen = jax.lax.dynamic_update_slice(cache["seen"], seen, (0, start))
+    view = sight(all_seen, start, T)
+    x = _embedded(config, params, tokens, view.position, how)
+    of_layer = _per_layer(config, view, all_seen.shape[1], how)
+    carry, routings = (x,) if cache is None else (x, cache["k"], cache["v"]), []
+    for run in _runs(config):
+
+        # The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
+        def block(carry, xs, run=run):
+            i, w, choice, route = xs
+            rotation, look = of_layer(choice)
+            x, *kv = carry
+            q, k, v = _qkv(config, w, x, rotation)
+            if kv:
+                kv = [jax.lax.dynamic_update_slice(z, y[None].astype(z.dtype), (i, 0, start, 0, 0))
+                      for z, y in zip(kv, (k, v))]  # fmt: skip
+                k, v = (jax.lax.dynamic_index_in_dim(z, i, keepdims=False).astype(x.dtype) for z in kv)
+            x, routing = _finish(config, w, x, look(q, k, v), run.has_experts, route)
+            return (x, *kv), routing
+
+        carry, routing = jax.lax.scan(_rematerialised(block, how), carry, run.xs(config, params["layers"], routes))
+        routings += [] if routing is None else [routing]
+    x = _norm(config, params, "norm", carry[0])
+    routing = jax.tree.map(lambda *x: jnp.concatenate(x), *routings) if routings else None
+    if cache is not None:
+        cache = cache | {"k": carry[1], "v": carry[2], "seen": all_seen, "end": start + T}
+        if routing is not None:
+            at = (0, 0, start, 0)
+            cache["routes"] = jax.lax.dynamic_update_slice(cache["routes"], routing.choices, at)
+    return Output(x, cache, routing)
+
+
+def _rematerialised(block, how):
+    if how.remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if how.remat == "dots" else policies.nothing_saveable
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)  # a scan's body is not merged with its backward
+
+
+def _embedded(config, params, tokens, position, how):
+    x = linear.take(params["embed"], tokens)
+    if how.dtype is not None:
+        x = x.astype(how.dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded to the type of the weights, as Gemma does
     if config.learned_positions:
         x = x + params["positions"].astype(x.dtype)[jnp.minimum(position, config.max_length - 1)]
-    behind = start + jnp.arange(T)[:, None] - jnp.arange(S)[None]  # [T, S] how far back a key is
-    of_layer = _per_layer(config, position, all_seen, behind)
+    return x
 
-    if cache is None:
 
-        def block(x, xs):
-            w, choice = xs
-            rotation, visible, scale = of_layer(choice)
-            q, k, v = _qkv(config, w, x, rotation)
-            attended = attention.attend(q, k, v, visible, scale=scale, softcap=config.attention_softcap)
-            return _finish(config, w, x, attended), None
+class _Run(NamedTuple):
+    """Neighbouring layers of one kind, from ``first`` to ``end``; of their kind, they are those from ``of_kind`` on."""
 
-        x, _ = jax.lax.scan(block, x, (params["layers"], _choices(config)))
-        return _norm(config, params, "norm", x), None
+    first: int
+    end: int
+    of_kind: int
+    has_experts: bool
 
-    # The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
-    def cached_block(carry, xs):
-        x, k_all, v_all = carry
-        i, w, choice = xs
-        rotation, visible, scale = of_layer(choice)
-        q, k, v = _qkv(config, w, x, rotation)
-        k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), (i, 0, start, 0, 0))
-        v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), (i, 0, start, 0, 0))
-        k, v = (jax.lax.dynamic_index_in_dim(z, i, keepdims=False).astype(x.dtype) for z in (k_all, v_all))
-        attended = attention.attend(q, k, v, visible, scale=scale, softcap=config.attention_softcap)
-        return (_finish(config, w, x, attended), k_all, v_all), None
+    def xs(self, config, layers, routes):
+        """What a scan over these layers is handed: numbers, weights, choices, routes."""
+        size, mine = self.end - self.first, "experts" if self.has_experts else "dense"
 
-    xs = jnp.arange(config.layers), params["layers"], _choices(config)
-    (x, k, v), _ = jax.lax.scan(cached_block, (x, cache["k"], cache["v"]), xs)
-    return _norm(config, params, "norm", x), {"k": k, "v": v, "seen": all_seen, "end": start + T}
+        def part(tree, first):
+            return jax.tree.map(lambda x: x if len(x) == size else x[first : first + size], tree)
+
+        firsts = {"all": self.first, mine: self.of_kind}
+        of = {name: parameters.kind(name) for name in layers}
+        weights = {name: part(w, firsts[of[name]]) for name, w in layers.items() if of[name] in firsts}
+        routes = part(routes, self.of_kind) if self.has_experts else None
+        return np.arange(self.first, self.end), weights, part(_choices(config), self.first), routes
+
+
+def _runs(config):
+    has, runs, counts = config.has_experts, [], [0, 0]
+    for i in range(config.layers):
+        if runs and has[i] == runs[-1].has_experts:
+            runs[-1] = runs[-1]._replace(end=i + 1)
+        else:
+            runs.append(_Run(i, i + 1, counts[has[i]], has[i]))
+        counts[has[i]] += 1
+    return runs
 
 
 def _choices(config):
@@ -207,58 +232,67 @@ def _choices(config):
     return choice
 
 
-def _per_layer(config, position, seen, behind):
-    """A function of a layer's choice: its rotation (or None), what is visible [B, 1, T, S], and its scale."""
-    rotations = None if config.learned_positions else rotary.tables(config, position, seen.shape[1])
-    causal = seen[:, None, None, :] & (behind >= 0)[None, None]
+def _per_layer(config, view, length, how):
+    """A function of a layer's choice: its rotation (or None), and its attention of q, k, v."""
+    rotations = None if config.learned_positions else rotary.tables(config, view.position, length)
     common = config.windows[0] if config.windows else 0
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
     def of_layer(choice):
-        window = choice.get("window", common)
-        visible = causal
+        window, visible = choice.get("window", common), view.visible
         if "window" in choice:
-            visible = causal & ((behind < window) | (window == 0))[None, None]
+            visible = visible & ((view.behind < window) | (window == 0))
         elif common:
-            visible = causal & (behind < common)[None, None]
+            visible = visible & (view.behind < common)
         table = choice.get("rotation", 0)
         rotation = None if rotations is None else tuple(x[table] for x in rotations)
-        return rotation, visible, scale * choice["scale"] if "scale" in choice else float(scale)
+        of_scores = scale * choice["scale"] if "scale" in choice else float(scale)
+        return rotation, functools.partial(
+            attention.attend, visible=visible, scale=of_scores, softcap=config.attention_softcap, how=how.attention
+        )
 
     return of_layer
 
 
+def hidden(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT):
+    """The last hidden states, normed: [B, T, d], and the cache with these tokens appended (None without one).
+
+    Arguments as ``apply``.
+    """
+    out = forward(config, params, tokens, seen, cache, how=how)
+    return out.hidden, out.cache
+
+
 def unembed(config: Config, params, x):
     """Hidden states [B, T, d] -> logits [B, T, V]."""
-    logits = _product("btd,vd->btv", x, params["embed"] if config.tied else params["unembed"])
+    logits = linear.einsum("btd,vd->btv", x, params["embed"] if config.tied else params["unembed"])
     cap = config.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def apply(config: Config, params, tokens, seen, cache=None):
+def apply(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT):
     """Logits of the next token at every position.
 
     Args:
-      config: the model; bind it with ``functools.partial(apply, config)`` for functions that take any model.
+      config: the model; ``bind`` it for functions that take any model.
       params: the tree of ``init`` or ``load``.
       tokens: [B, T] int32.
-      seen: [B, T] bool, False for padding, on either side; a position counts the seen tokens before it.
+      seen: [B, T] bool, False for padding, on either side; a position counts the seen tokens before it. Or int32, for
+        rows of several texts: 0 for padding, and a number for each text (see ``visibility``).
       cache: None, or from ``init_cache`` with the tokens before these in it.
+      how: kernels, rematerialisation, compute type.
 
     Returns:
-      logits [B, T, V] in the parameters' dtype, and the cache with these tokens appended (None without one). Row t
-      predicts token t + 1. What stands at a position that is not seen has no meaning, and influences nothing.
+      logits [B, T, V] in the type that is computed in, and the cache with these tokens appended (None without one).
+      Row t predicts token t + 1. What stands at a position that is not seen has no meaning, and influences nothing.
 
     Raises:
-      ValueError: the shapes disagree.
+      ValueError: the shapes disagree, or the model has no unembedding.
     """
-    x, cache = hidden(config, params, tokens, seen, cache)
+    if config.head != "tokens":
+        raise ValueError("this model scores texts and has no logits; use models.heads")
+    x, cache = hidden(config, params, tokens, seen, cache, how=how)
     return unembed(config, params, x), cache
-
-
-def count(params) -> int:
-    """The number of parameters of a tree."""
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 class Bound(NamedTuple):
@@ -269,6 +303,6 @@ class Bound(NamedTuple):
 
 
 @functools.cache
-def bind(config: Config) -> Bound:
+def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
-    return Bound(functools.partial(apply, config), functools.partial(init_cache, config))
+    return Bound(functools.partial(apply, config, how=how), functools.partial(init_cache, config))

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pt_jax import folders
-from pt_jax.models import decoder, families
+from pt_jax.models import families, parameters
 from pt_jax.models.config import Config
 
 # buffers that old files hold beside the weights
@@ -46,7 +46,7 @@ def load(path, *, dtype=jnp.float32, place=None):
     config = read_config(folder)
     family, tensors = families.FAMILIES[config.family], Tensors(folder)
     tensors.prefixed(family.whole["embed"])
-    shapes = flatten_dict(decoder.shapes(config))
+    shapes = flatten_dict(parameters.shapes(config))
     shardings = _shardings(shapes, dtype, place)
     if config.tied:
         _check_tied(folder, tensors, family)
@@ -331,7 +331,7 @@ def _put(stack, layer, i):
 
 def _check_tree(params, config):
     """A folder whose config.json does not speak of its weights looks like a good one until it is read."""
-    given, expected = flatten_dict(params, sep="/"), flatten_dict(decoder.shapes(config), sep="/")
+    given, expected = flatten_dict(params, sep="/"), flatten_dict(parameters.shapes(config), sep="/")
     for name in sorted(expected.keys() ^ given.keys()):
         who = "the config has none" if name in given else "the config asks for it"
         raise ValueError(f"params {'has' if name in given else 'lacks'} {name}, but {who}")

@@ -39,7 +39,7 @@ def test_it_ends_with_tables_a_picture_models_and_the_way_on(fast):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     for stage in ("base", "sft", "dpo", "grpo"):
         params, _ = models.load(out / stage)
-        assert 0.4e6 < models.decoder.count(params) < 3e6
+        assert 0.4e6 < models.parameters.count(params) < 3e6
     stages = {r["stage"] for r in metrics.read(out / "metrics.jsonl")}
     assert {"pretrain", "sft", "dpo", "grpo"} <= stages
 

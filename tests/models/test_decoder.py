@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models import decoder
+from pt_jax.models import decoder, parameters
 from pt_jax.models.config import Config
 
 # Odd on purpose: heads * head_width is not the width, eps and base are far from every default
@@ -32,7 +32,7 @@ def weights(config, seed=0):
         noise = rng.normal(size=x.shape)
         return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else 0.25 * noise, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: decoder.init(config, jax.random.key(0))))
+    return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: parameters.init(config, jax.random.key(0))))
 
 
 # One program a config and shape, for all tests. They compile longer than they run: half as long like this.
@@ -202,7 +202,7 @@ def equations(jaxpr):
 
 def programs(config, dtype=jnp.float32):
     """Forward, backward and decoding, traced only."""
-    params = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0), dtype))
+    params = jax.eval_shape(lambda: parameters.init(config, jax.random.key(0), dtype))
     cache = jax.eval_shape(lambda: decoder.init_cache(config, 2, 8, dtype))
     tokens, seen = jax.ShapeDtypeStruct((2, 5), jnp.int32), jax.ShapeDtypeStruct((2, 5), bool)
     apply = functools.partial(decoder.apply, config)
@@ -253,15 +253,15 @@ def test_the_parameters_have_the_shapes_of_the_module_docstring(config):
     layers |= {"mlp_norm": (L, d), "gate": (L, d, f), "up": (L, d, f), "down": (L, f, d)}
     layers |= {"q_norm": (L, c), "k_norm": (L, c)} if config.qk_norm else {}
     expected = {"embed": (v, d), "norm": (d,), "layers": layers} | ({} if config.tied else {"unembed": (v, d)})
-    params = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: parameters.init(config, jax.random.key(0)))
     assert jax.tree.map(lambda x: x.shape, params) == expected
     sizes = jax.tree.leaves(jax.tree.map(lambda x: x.size, params))
-    assert decoder.count(params) == sum(sizes)
+    assert parameters.count(params) == sum(sizes)
 
 
 def test_fresh_parameters_are_as_described_and_no_two_alike():
     config = dataclasses.replace(QWEN, layers=8, width=64, heads=8, kv_heads=8, head_width=8, hidden=64, vocab=64)
-    params = jit(lambda key: decoder.init(config, key, jnp.float32))(jax.random.key(3))
+    params = jit(lambda key: parameters.init(config, key, jnp.float32))(jax.random.key(3))
     flat = {path[-1].key: np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     for name, x in flat.items():
         if name.endswith("norm"):
@@ -276,12 +276,12 @@ def test_fresh_parameters_are_as_described_and_no_two_alike():
 
 
 def test_the_key_and_the_dtype_of_fresh_parameters_count():
-    make = jit(lambda seed: decoder.init(LLAMA, jax.random.key(seed)))
+    make = jit(lambda seed: parameters.init(LLAMA, jax.random.key(seed)))
     one, same, other = make(0), make(0), make(1)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, same)))
     assert not np.array_equal(one["layers"]["wq"], other["layers"]["wq"])
     for dtype in (jnp.float32, jnp.bfloat16):
-        shapes = jax.eval_shape(lambda dtype=dtype: decoder.init(LLAMA, jax.random.key(0), dtype))
+        shapes = jax.eval_shape(lambda dtype=dtype: parameters.init(LLAMA, jax.random.key(0), dtype))
         assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype(dtype)}
 
 

@@ -24,7 +24,7 @@ PROMPTS, GROUP, LENGTH = 3, 4, 8
 def params():
     rng = np.random.default_rng(0)
     draw = lambda shape: (rng.normal(size=shape) * 0.35 + (len(shape) < 3 and shape[-1] <= 16)).astype(np.float32)
-    tree = jax.tree.map(draw, models.decoder.shapes(CONFIG), is_leaf=lambda x: isinstance(x, tuple))
+    tree = jax.tree.map(draw, models.parameters.shapes(CONFIG), is_leaf=lambda x: isinstance(x, tuple))
     return tree | {"embed": rng.normal(size=(VOCAB, 16)).astype(np.float32) * 0.4}
 
 

@@ -34,7 +34,7 @@ SIZES = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "
 CONFIG = models.Config(vocab=VOCAB, **SIZES, qk_norm=False)
 LAYER = {"gate": (1, 16, 24), "up": (1, 16, 24), "down": (1, 24, 16)}
 TOY = {"embed": (VOCAB, 16), "norm": (16,), "layers": LAYER}
-MODELS = {"toy": (toy, TOY), "decoder": (models.bind(CONFIG).apply, models.decoder.shapes(CONFIG))}
+MODELS = {"toy": (toy, TOY), "decoder": (models.bind(CONFIG).apply, models.parameters.shapes(CONFIG))}
 
 
 def params_of(model):
