@@ -1,41 +1,127 @@
 """Scaled dot-product attention with grouped heads: one function, whichever program computes it.
 
 scores = scale * q k^T;   scores = cap tanh(scores / cap), with a soft-cap;   out = softmax(scores, -inf where hidden) v
+
+    "plain"     the scores [B, h, T, S] are in memory, in float32. Computes everything.
+    "cudnn"     NVIDIA's flash attention through ``jax.nn.dot_product_attention``: 16-bit types, heads of a multiple of
+                8, no soft-cap. Rows of one text are handed over with their padding behind (``visibility.to_front``), as
+                causal attention with a window: nothing of size T * S is in memory, and what lies ahead is not computed.
+                Packed rows, and rows that continue a cache, need a mask, which cuDNN takes as numbers to add: 2 bytes
+                for each of [B, 1, T, S].
+    "splash"    Pallas's flash attention for TPUs: causal, windows, soft-caps, packed rows by numbers of texts; no
+                cache and no branches, which numbers that are equal or not cannot say. Nothing of size T * S is in
+                memory, and blocks of 128 tokens or more that are hidden are not computed.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pt_jax.models.config import Config
+
+LANES = 128  # splash works in blocks of this many tokens, or of multiples
 
 
-def attend(q, k, v, visible, *, scale, softcap=None, how="auto"):
-    """What each query takes from the values that are visible to it.
-
-    Without a soft-cap this is ``jax.nn.dot_product_attention``; with one, which that function does not know, it is
-    written out. A query that sees nothing gets numbers without meaning, but finite ones.
+def kernel(config: Config, how: str, *, dtype, seen, cached: bool) -> str:
+    """Which program computes the attention of these rows.
 
     Args:
-      q: [B, T, h, c].
-      k, v: [B, S, k, c]; each of the k heads serves h / k neighbouring queries.
-      visible: [B or 1, 1, T, S] bool.
-      scale: of the scores; may be traced.
-      softcap: bounds the scores before the mask (Gemma 2), or None.
-      how: see ``Execution.attention``.
+      config: the model.
+      how: of ``Execution.attention``.
+      dtype: of queries, keys and values.
+      seen: see ``visibility``; only its shape and type are looked at.
+      cached: whether the rows continue a cache.
 
     Returns:
-      [B, T, h, c] in the type of q.
+      "plain", "cudnn" or "splash".
 
     Raises:
-      ValueError: cuDNN is asked for what it does not compute.
+      ValueError: the one that is asked for does not compute this.
     """
-    simple = softcap is None and isinstance(scale, float)
-    small = q.dtype in (jnp.bfloat16, jnp.float16)
-    if how == "cudnn" and not (simple and small):
-        why = f"in {q.dtype}" if simple else "with a soft-cap or a scale a layer"
-        raise ValueError(f"attention='cudnn' does not compute attention {why}; use 'auto', or a 16-bit dtype")
-    if how == "cudnn" or (how == "auto" and simple and small and jax.default_backend() == "gpu"):
-        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation="cudnn")
-    if simple:
-        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation="xla")
+    against = {"cudnn": _against_cudnn, "splash": _against_splash}
+    if how == "auto":
+        best = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "plain")
+        few = cached and seen.shape[1] % 2  # one token: its scores are few. cuDNN's masks are of even length
+        return "plain" if best == "plain" or few or against[best](config, dtype, seen, cached) else best
+    why = against[how](config, dtype, seen, cached) if how in against else None
+    if why:
+        raise ValueError(f"attention={how!r} {why}; use attention='auto'")
+    return how
+
+
+def _against_cudnn(config, dtype, seen, cached):
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"does not compute in {np.dtype(dtype)}, only in bfloat16 and float16"
+    if config.attention_softcap is not None or config.scale_by_layer:
+        return "does not know a soft-cap, nor a scale a layer"
+    widest = 256 if _hopper() else 128
+    if config.head_width % 8 or config.head_width > widest:
+        return f"takes heads of a multiple of 8 numbers, up to {widest}, not of {config.head_width}"
+    if seen.dtype != bool and seen.shape[1] % 2:
+        return f"takes packed rows of an even number of tokens, not of {seen.shape[1]}"
+    return None
+
+
+def _hopper():
+    device = jax.devices()[0]
+    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9
+
+
+def _against_splash(config, dtype, seen, cached):
+    if cached:
+        return "does not continue a cache"
+    if seen.ndim == 3:
+        return "does not know texts that share their beginning"
+    if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
+        return "splits its work over devices by the mesh of jax.set_mesh, and none is set"
+    return None
+
+
+def of_window(name: str, window: int, *, scale: float, softcap=None, texts=None):
+    """Causal attention of whole rows, each token seeing the last ``window``: a function of q, k, v.
+
+    Args:
+      name: "cudnn" or "splash".
+      window: how many tokens one sees, itself included; 0: all.
+      scale: of the scores; of splash it may be traced.
+      softcap: of splash.
+      texts: [B, T] int32 of splash, tokens with different numbers do not see each other; None: one text a row, with
+        its padding behind.
+    """
+    if name == "cudnn":
+        near = (window - 1, 0) if window else None
+        return functools.partial(
+            jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=near, implementation="cudnn"
+        )
+    return functools.partial(_splash, window=window, scale=scale, softcap=softcap, texts=texts)
+
+
+def of_mask(name: str, visible, *, scale, softcap=None, causal=False):
+    """Attention to what a mask shows: a function of q, k, v.
+
+    A query that sees nothing gets numbers without meaning, but finite ones.
+
+    Args:
+      name: "plain" or "cudnn".
+      visible: [B or 1, 1, T, S] bool.
+      scale: of the scores; may be traced in "plain".
+      softcap: bounds the scores before the mask (Gemma 2), or None.
+      causal: that no query sees a key behind its own column, which spares cuDNN half of the work.
+    """
+    if name == "cudnn":
+        return functools.partial(
+            jax.nn.dot_product_attention, mask=visible, scale=scale, is_causal=causal, implementation="cudnn"
+        )
+    if softcap is None and isinstance(scale, float):
+        return functools.partial(jax.nn.dot_product_attention, mask=visible, scale=scale, implementation="xla")
+    return functools.partial(_plain, visible=visible, scale=scale, softcap=softcap)
+
+
+def _plain(q, k, v, *, visible, scale, softcap):
+    """Written out: ``jax.nn.dot_product_attention`` knows no soft-cap and no traced scale."""
     B, T, heads, width = q.shape
     groups = k.shape[2]
     q = q.reshape(B, T, groups, heads // groups, width)
@@ -45,3 +131,44 @@ def attend(q, k, v, visible, *, scale, softcap=None, how="auto"):
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores).astype(v.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", shares, v).reshape(B, T, heads, width)
+
+
+def _splash(q, k, v, *, window, scale, softcap, texts):
+    """Rows filled up to whole blocks: causally, no token sees what is behind it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, T = q.shape[:2]
+    more = -T % LANES
+    length = T + more
+    fill = lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+    mask = splash.LocalMask((length, length), (window - 1, 0), 0) if window else splash.CausalMask((length, length))
+    block = next(size for size in (4 * LANES, 2 * LANES, LANES) if length % size == 0)
+    sizes = {f"block_{side}": block for side in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+
+    def rows(q, k, v, texts):
+        compute = splash.make_splash_mha(
+            splash.splash_attention_mask.MultiHeadMask([mask] * q.shape[1]), block_sizes=splash.BlockSizes(**sizes),
+            attn_logits_soft_cap=softcap, head_shards=1, q_seq_shards=1, interpret=jax.default_backend() != "tpu",
+        )  # fmt: skip
+        ids = None if texts is None else splash.SegmentIds(texts, texts)
+        return jax.vmap(compute)(q, k, v, ids)
+
+    first = lambda x: fill(x).swapaxes(1, 2)  # heads before tokens
+    q = q * jnp.asarray(scale, q.dtype)
+    texts = None if texts is None else fill(texts)
+    out = _on_mesh(rows, B, k.shape[2])(first(q), first(k), first(v), texts)
+    return out.swapaxes(1, 2)[:, :T]
+
+
+def _on_mesh(rows, count, kv_heads):
+    """A function of q, k, v, texts on each device's own rows and heads: the compiler does not split kernels itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return rows
+    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 and kv_heads % mesh.shape["tensor"] == 0 else None
+    batch = tuple(axis for axis in mesh.axis_names if axis != "tensor")
+    batch = batch if count % math.prod(mesh.shape[axis] for axis in batch) == 0 else None
+    spec = jax.sharding.PartitionSpec(batch, heads)
+    return jax.shard_map(
+        rows, in_specs=(spec, spec, spec, jax.sharding.PartitionSpec(batch)), out_specs=spec, check_vma=False
+    )

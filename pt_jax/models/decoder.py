@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.models import attention, experts, linear, parameters, rotary
+from pt_jax.models import attention, experts, linear, parameters, rotary, visibility
 from pt_jax.models.config import DEFAULT, Config, Execution
-from pt_jax.models.visibility import sight
 
 
 class Output(NamedTuple):
@@ -128,21 +127,41 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     Raises:
       ValueError: the shapes disagree, or texts are packed and cached at once.
     """
-    checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T"))
+    _check(tokens, seen, cache, routes)
+    dtype = how.dtype or jax.eval_shape(linear.take, params["embed"], tokens).dtype
+    name = attention.kernel(config, how.attention, dtype=jnp.dtype(dtype), seen=seen, cached=cache is not None)
+    whole = name != "plain" and cache is None and (seen.dtype == bool or name == "splash")
+    if not whole or seen.dtype != bool:
+        return _forward(config, params, tokens, seen, cache, how, routes, name, whole)
+    order, back = visibility.to_front(seen)
+    tokens, seen = (visibility.arranged(x, order) for x in (tokens, seen))
+    routes = None if routes is None else visibility.arranged(routes, order, 1)
+    out = _forward(config, params, tokens, seen, None, how, routes, name, whole)
+    routing = jax.tree.map(lambda x: visibility.arranged(x, back, 1), out.routing)
+    return Output(visibility.arranged(out.hidden, back), None, routing)
+
+
+def _check(tokens, seen, cache, routes):
+    visibility.check(seen)
+    checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T" if seen.ndim != 3 else "B T two"))
     if routes is not None:
         checks.shapes(tokens=(tokens, "B T"), routes=(routes, "M B T K"))
+    if cache is not None and seen.dtype != bool:
+        raise ValueError("seen numbers the texts of packed rows, which have no cache; give a bool, one text a row")
+
+
+def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
+    """``forward`` by the attention ``name``; ``whole``: without a mask, of whole rows with their padding behind."""
     T, start, all_seen = seen.shape[1], 0, seen
     if cache is not None:
-        if seen.dtype != bool:
-            raise ValueError("seen numbers the texts of packed rows, which have no cache; give a bool, one text a row")
         start = cache["end"]
         all_seen = jax.lax.dynamic_update_slice(cache["seen"], seen, (0, start))
-    view = sight(all_seen, start, T)
+    view = visibility.sight(all_seen, start, T)
     x = _embedded(config, params, tokens, view.position, how)
-    of_layer = _per_layer(config, view, all_seen.shape[1], how)
+    look = _whole_rows(config, seen, name) if whole else _masked(config, view, name, cache is None)
+    of_layer = _per_layer(config, view, all_seen.shape[1], look)
     carry, routings = (x,) if cache is None else (x, cache["k"], cache["v"]), []
     for run in _runs(config):
-
         # The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
         def block(carry, xs, run=run):
             i, w, choice, route = xs
@@ -232,26 +251,48 @@ def _choices(config):
     return choice
 
 
-def _per_layer(config, view, length, how):
+def _per_layer(config, view, length, look):
     """A function of a layer's choice: its rotation (or None), and its attention of q, k, v."""
     rotations = None if config.learned_positions else rotary.tables(config, view.position, length)
-    common = config.windows[0] if config.windows else 0
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
     def of_layer(choice):
-        window, visible = choice.get("window", common), view.visible
-        if "window" in choice:
-            visible = visible & ((view.behind < window) | (window == 0))
-        elif common:
-            visible = visible & (view.behind < common)
         table = choice.get("rotation", 0)
         rotation = None if rotations is None else tuple(x[table] for x in rotations)
         of_scores = scale * choice["scale"] if "scale" in choice else float(scale)
-        return rotation, functools.partial(
-            attention.attend, visible=visible, scale=of_scores, softcap=config.attention_softcap, how=how.attention
-        )
+        return rotation, look(choice, scale=of_scores, softcap=config.attention_softcap)
 
     return of_layer
+
+
+def _masked(config, view, name, causal):
+    """Attention to what a mask shows, as a function of a layer's choice."""
+    common = config.windows[0] if config.windows else 0
+
+    def look(choice, **scores):
+        visible = view.visible
+        if "window" in choice:
+            visible = visible & ((view.behind < choice["window"]) | (choice["window"] == 0))
+        elif common:
+            visible = visible & (view.behind < common)
+        return attention.of_mask(name, visible, causal=causal, **scores)
+
+    return look
+
+
+def _whole_rows(config, seen, name):
+    """Attention of whole rows, whose windows are part of the program: of different ones each layer takes its own."""
+    texts = None if seen.dtype == bool else seen
+    windows = sorted(set(config.windows)) or [0]
+
+    def look(choice, **scores):
+        each = [attention.of_window(name, window, texts=texts, **scores) for window in windows]
+        if len(each) == 1:
+            return each[0]
+        which = jnp.searchsorted(np.int32(windows), choice["window"])
+        return lambda q, k, v: jax.lax.switch(which, each, q, k, v)
+
+    return look
 
 
 def hidden(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT):
@@ -278,7 +319,8 @@ def apply(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT):
       params: the tree of ``init`` or ``load``.
       tokens: [B, T] int32.
       seen: [B, T] bool, False for padding, on either side; a position counts the seen tokens before it. Or int32, for
-        rows of several texts: 0 for padding, and a number for each text (see ``visibility``).
+        rows of several texts: 0 for padding, and a number for each text; texts may share their beginnings (see
+        ``visibility``).
       cache: None, or from ``init_cache`` with the tokens before these in it.
       how: kernels, rematerialisation, compute type.
 

@@ -1,17 +1,18 @@
 """Which token sees which, and where each stands in its text: all that ``seen`` says.
 
-``seen`` is [B, T] bool, False for padding: one text a row. Or it is [B, T] int32, 0 for padding, and a row holds
-several texts that do not see each other: 1, 2, 3, ... number them, and each begins at position 0 again. ``segments``
-makes numbers for texts that begin alike: branches of one document see the document's own tokens (branch 0) and
-themselves, so that a prompt stands once in front of all its answers.
+    [B, T] bool       one text a row, False for padding, on either side
+    [B, T] int32      several texts a row that do not see each other: 1, 2, 3, ... number them, 0 is padding
+    [B, T, 2] int32   the same with texts that begin alike: (text, branch). Branch 0 is the beginning; each of the
+                      branches 1, 2, ... goes on from it, and sees the beginning and itself
+
+Every text begins at position 0; a branch goes on from the position where the beginning of its text ends. So a prompt
+stands once in front of all its answers, and each of them is computed as if it stood there alone.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-BRANCHES = 1 << 16  # of one document; a segment is document * BRANCHES + branch
 
 
 class Sight(NamedTuple):
@@ -20,7 +21,7 @@ class Sight(NamedTuple):
     Args:
       position: [B, T] int32 of each query in its text.
       visible: [B, 1, T, S] bool.
-      behind: [B or 1, 1, T, S] int32, how many tokens a key lies behind a query.
+      behind: [B, 1, T, S] int32, how many tokens of its text a visible key lies behind a query.
     """
 
     position: jax.Array
@@ -28,39 +29,70 @@ class Sight(NamedTuple):
     behind: jax.Array
 
 
-def segments(document, branch):
-    """Numbers for ``seen`` of texts that share their beginnings.
+def check(seen) -> None:
+    """Fails unless ``seen`` is of one of the three forms.
 
-    Args:
-      document: int, from 1; 0 with branch 0 is padding.
-      branch: int, 0 for the beginning, which must stand before its branches; 1, 2, ... for what goes on from it.
-
-    Returns:
-      int32 of their shape.
-
-    >>> print(segments(jnp.array([1, 1, 1, 1, 0]), jnp.array([0, 0, 1, 2, 0])) > 0)
-    [ True  True  True  True False]
+    >>> check(jnp.ones((2, 3)))
+    Traceback (most recent call last):
+    ValueError: seen is of type float32; give bool (not padding), or int32 numbers of texts
     """
-    return jnp.asarray(document, jnp.int32) * BRANCHES + jnp.asarray(branch, jnp.int32)
+    if seen.dtype not in (bool, jnp.int32):
+        raise ValueError(f"seen is of type {seen.dtype}; give bool (not padding), or int32 numbers of texts")
+    if seen.ndim == 3 and (seen.shape[2] != 2 or seen.dtype == bool):
+        raise ValueError(
+            f"seen has shape {seen.shape} and type {seen.dtype}; with three axes it is [B, T, 2] int32: text, branch"
+        )
 
 
 def sight(seen, start, queries: int) -> Sight:
     """What ``queries`` tokens from ``start`` on see of all.
 
     Args:
-      seen: [B, S] bool, or int32 of segments.
-      start: where the queries begin; may be traced.
+      seen: of one of the forms above, S tokens a row.
+      start: where the queries begin; may be traced. Rows of several texts are asked for whole: from 0, S of them.
       queries: T.
     """
-    B, S = seen.shape
-    back = (start + jnp.arange(queries)[:, None] - jnp.arange(S)[None])[None, None]
+    S = seen.shape[1]
+    visible = (start + jnp.arange(queries)[:, None] >= jnp.arange(S)[None])[None, None]
     if seen.dtype == bool:
-        position = jax.lax.dynamic_slice(jnp.cumsum(seen, 1) - 1, (0, start), (B, queries))
-        return Sight(jnp.maximum(position, 0), seen[:, None, None, :] & (back >= 0), back)
-    query = jax.lax.dynamic_slice(seen, (0, start), (B, queries))[:, None, :, None]
-    key = seen[:, None, None, :]
-    document, branch = jnp.divmod(key, BRANCHES)
-    together = (document == query // BRANCHES) & ((branch == 0) | (branch == query % BRANCHES))
-    visible = together & (key != 0) & (query != 0) & (back >= 0)
-    position = jnp.maximum(visible.sum(-1)[:, 0] - 1, 0)
-    return Sight(position, visible, position[:, None, :, None] - position[:, None, None, :])
+        visible = visible & seen[:, None, None]
+        of_keys = jnp.maximum(jnp.cumsum(seen, 1) - 1, 0)
+    else:
+        text, branch = (seen, jnp.zeros_like(seen)) if seen.ndim == 2 else (seen[..., 0], seen[..., 1])
+        query, key = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
+        mine = (key(branch) == 0) | (key(branch) == query(branch))
+        visible = visible & mine & (key(text) == query(text)) & (key(text) != 0)
+        of_keys = jnp.maximum(visible.sum(-1)[:, 0] - 1, 0)
+    position = jax.lax.dynamic_slice_in_dim(of_keys, start, queries, 1)
+    return Sight(position, visible, position[:, None, :, None] - of_keys[:, None, None])
+
+
+def to_front(seen):
+    """Where each row's tokens go so that what is seen stands in front, in order, and the padding behind.
+
+    Args:
+      seen: [B, T] bool.
+
+    Returns:
+      order and its inverse, both [B, T] int32, for ``arranged``.
+
+    >>> order, back = to_front(jnp.array([[False, True, True, False]]))
+    >>> print(order, back)
+    [[1 2 0 3]] [[2 0 1 3]]
+    """
+    order = jnp.argsort(~seen, 1, stable=True)
+    return order, jnp.argsort(order, 1)
+
+
+def arranged(x, order, rows=0):
+    """The tokens of each row in another order.
+
+    Args:
+      x: an array with the rows on axis ``rows`` and their tokens on the next.
+      order: [B, T] int32.
+      rows: which axis.
+
+    >>> print(arranged(jnp.array([[5, 6, 7]]), jnp.array([[1, 2, 0]])))
+    [[6 7 5]]
+    """
+    return jax.vmap(lambda x, i: jnp.take(x, i, rows, mode="clip"), (rows, 0), rows)(x, order)
