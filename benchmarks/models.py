@@ -94,7 +94,7 @@ def ours(ask) -> dict:
     state = training.init_state(params, optax.adamw(1e-3), jax.random.key(0))
     mask = seen & (np.arange(ask.length) > 0)
     batch = {"tokens": tokens, "seen": seen, "mask": mask, "weights": (mask / mask.sum()).astype(np.float32)}
-    del params, forward  # a model of its own would not be in memory beside the state
+    del params  # a model of its own would not be in memory beside the state
 
     def one_step():
         nonlocal state
