@@ -1,8 +1,22 @@
 """Decoder language models as functions over a dict of arrays, and their Hugging Face folders."""
 
+from pt_jax.models import heads, vocabulary
+from pt_jax.models.cache import init_cache
 from pt_jax.models.config import Config, Execution
-from pt_jax.models.decoder import apply, bind, forward, init_cache
+from pt_jax.models.decoder import apply, bind, forward
 from pt_jax.models.huggingface import load, save
 from pt_jax.models.parameters import init
 
-__all__ = ["Config", "Execution", "apply", "bind", "forward", "init", "init_cache", "load", "save"]
+__all__ = [
+    "Config",
+    "Execution",
+    "apply",
+    "bind",
+    "forward",
+    "heads",
+    "init",
+    "init_cache",
+    "load",
+    "save",
+    "vocabulary",
+]

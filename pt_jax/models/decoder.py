@@ -14,6 +14,7 @@ import numpy as np
 
 from pt_jax import checks
 from pt_jax.models import attention, experts, linear, parameters, rotary, visibility
+from pt_jax.models import cache as caches
 from pt_jax.models.config import DEFAULT, Config, Execution
 
 
@@ -29,20 +30,6 @@ class Output(NamedTuple):
     hidden: jax.Array
     cache: dict | None
     routing: experts.Routing | None
-
-
-def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32) -> dict:
-    """An empty cache for ``length`` tokens of ``rows`` rows.
-
-    Keys and values k, v [L, B, S, k, c], seen [B, S], end; and, of a model with experts, routes [M, B, S, K], which
-    experts the M layers that have them chose.
-    """
-    kv = jnp.zeros((config.layers, rows, length, config.kv_heads, config.head_width), dtype)
-    cache = {"k": kv, "v": kv, "seen": jnp.zeros((rows, length), bool), "end": jnp.int32(0)}
-    if config.experts:
-        shape = (sum(config.has_experts), rows, length, config.experts_per_token)
-        cache["routes"] = jnp.zeros(shape, jnp.int32)
-    return cache
 
 
 def _over(x, gain, axes):
@@ -152,14 +139,14 @@ def _check(tokens, seen, cache, routes):
 
 def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
     """``forward`` by the attention ``name``; ``whole``: without a mask, of whole rows with their padding behind."""
-    T, start, all_seen = seen.shape[1], 0, seen
-    if cache is not None:
-        start = cache["end"]
-        all_seen = jax.lax.dynamic_update_slice(cache["seen"], seen, (0, start))
-    view = visibility.sight(all_seen, start, T)
+    if cache is None:
+        start, view, room = 0, visibility.sight(seen, 0, seen.shape[1]), seen.shape[1]
+    else:
+        start, view, after = caches.begin(cache, seen)
+        room = cache["room"].shape[0]
     x = _embedded(config, params, tokens, view.position, how)
     look = _whole_rows(config, seen, name) if whole else _masked(config, view, name, cache is None)
-    of_layer = _per_layer(config, view, all_seen.shape[1], look)
+    of_layer = _per_layer(config, view, room, look)
     carry, routings = (x,) if cache is None else (x, cache["k"], cache["v"]), []
     for run in _runs(config):
         # The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
@@ -169,9 +156,7 @@ def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
             x, *kv = carry
             q, k, v = _qkv(config, w, x, rotation)
             if kv:
-                kv = [jax.lax.dynamic_update_slice(z, y[None].astype(z.dtype), (i, 0, start, 0, 0))
-                      for z, y in zip(kv, (k, v))]  # fmt: skip
-                k, v = (jax.lax.dynamic_index_in_dim(z, i, keepdims=False).astype(x.dtype) for z in kv)
+                kv, (k, v) = zip(*(caches.append(stack, new, i, start) for stack, new in zip(kv, (k, v))))
             x, routing = _finish(config, w, x, look(q, k, v), run.has_experts, route)
             return (x, *kv), routing
 
@@ -180,7 +165,7 @@ def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
     x = _norm(config, params, "norm", carry[0])
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *routings) if routings else None
     if cache is not None:
-        cache = cache | {"k": carry[1], "v": carry[2], "seen": all_seen, "end": start + T}
+        cache = after | {"k": carry[1], "v": carry[2]}
         if routing is not None:
             at = (0, 0, start, 0)
             cache["routes"] = jax.lax.dynamic_update_slice(cache["routes"], routing.choices, at)
@@ -265,8 +250,8 @@ def _per_layer(config, view, length, look):
     return of_layer
 
 
-def _masked(config, view, name, causal):
-    """Attention to what a mask shows, as a function of a layer's choice."""
+def _masked(config, view, name, whole):
+    """Attention to what a mask shows, of whole rows or in a cache, as a function of a layer's choice."""
     common = config.windows[0] if config.windows else 0
 
     def look(choice, **scores):
@@ -275,7 +260,7 @@ def _masked(config, view, name, causal):
             visible = visible & ((view.behind < choice["window"]) | (choice["window"] == 0))
         elif common:
             visible = visible & (view.behind < common)
-        return attention.of_mask(name, visible, causal=causal, **scores)
+        return (attention.of_mask if whole else attention.of_cache)(name, visible, **scores)
 
     return look
 
@@ -347,4 +332,4 @@ class Bound(NamedTuple):
 @functools.cache
 def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
-    return Bound(functools.partial(apply, config, how=how), functools.partial(init_cache, config))
+    return Bound(functools.partial(apply, config, how=how), functools.partial(caches.init_cache, config))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pt_jax.models import decoder, parameters
+from pt_jax.models.cache import init_cache
 from pt_jax.models.config import Config
 
 # Odd on purpose: heads * head_width is not the width, eps and base are far from every default
@@ -161,21 +162,21 @@ def test_a_text_read_in_parts_has_the_logits_of_the_whole(config, side):
     tokens, seen, _ = padded(rows(), SIDES[side])
     expected = np.asarray(forward(config, params, tokens, seen))
     for parts in [(1, 11), (11, 1), (1,) * T] + ([(4, 4, 4), (4, 1, 1, 1, 1, 4)] if config is QWEN else []):
-        cache, logits = decoder.init_cache(config, len(tokens), T + 3), []
+        cache, logits = init_cache(config, len(tokens), T + 3), []
         cache |= {"k": cache["k"] + 1e3, "v": cache["v"] - 1e3}  # what is not yet written must not be seen
         for part in np.split(np.arange(T), np.cumsum(parts)[:-1]):
             out, cache = append(config, params, tokens[:, part], seen[:, part], cache)
             logits.append(np.asarray(out))
         assert_close(np.concatenate(logits, 1)[seen], expected[seen], 1e-5)
         assert int(cache["end"]) == T
-        np.testing.assert_array_equal(cache["seen"], np.pad(seen, ((0, 0), (0, 3))))
-        np.testing.assert_array_equal(cache["k"][:, :, T:], 1e3)
+        np.testing.assert_array_equal(cache["position"] >= 0, np.pad(seen, ((0, 0), (0, 3))))
+        np.testing.assert_array_equal(cache["k"][:, :, :, T:], 1e3)
 
 
 def test_the_cache_that_is_handed_in_is_not_changed():
     """A prompt is read once, and completed many times from there."""
     params, (tokens, seen, _) = weights(QWEN), padded(rows(), SIDES["left"])
-    _, cache = append(QWEN, params, tokens[:, :11], seen[:, :11], decoder.init_cache(QWEN, 4, T + 3))
+    _, cache = append(QWEN, params, tokens[:, :11], seen[:, :11], init_cache(QWEN, 4, T + 3))
     one, _ = append(QWEN, params, tokens[:, 11:], seen[:, 11:], cache)
     append(QWEN, params, tokens[:, :1], seen[:, 11:], cache)
     again, _ = append(QWEN, params, tokens[:, 11:], seen[:, 11:], cache)
@@ -203,7 +204,7 @@ def equations(jaxpr):
 def programs(config, dtype=jnp.float32):
     """Forward, backward and decoding, traced only."""
     params = jax.eval_shape(lambda: parameters.init(config, jax.random.key(0), dtype))
-    cache = jax.eval_shape(lambda: decoder.init_cache(config, 2, 8, dtype))
+    cache = jax.eval_shape(lambda: init_cache(config, 2, 8, dtype))
     tokens, seen = jax.ShapeDtypeStruct((2, 5), jnp.int32), jax.ShapeDtypeStruct((2, 5), bool)
     apply = functools.partial(decoder.apply, config)
     grad = jax.grad(lambda *a: apply(*a)[0].astype(jnp.float32).sum())
@@ -310,7 +311,7 @@ def test_a_bound_model_is_one_object():
     assert bound.apply is again.apply and bound.init_cache is again.init_cache
     assert bound.apply is not decoder.bind(LLAMA).apply
     cache = jax.eval_shape(lambda: bound.init_cache(2, 9))
-    assert cache["k"].shape == (3, 2, 9, 2, 4) and cache["seen"].shape == (2, 9)
+    assert cache["k"].shape == (3, 2, 2, 9, 4) and cache["position"].shape == (2, 9)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +324,6 @@ def test_a_bound_model_is_one_object():
     ],
 )
 def test_shapes_that_disagree_are_a_sentence(tokens, seen, message):
-    for cache in (None, decoder.init_cache(QWEN, 2, 8)):
+    for cache in (None, init_cache(QWEN, 2, 8)):
         with pytest.raises(ValueError, match=message):
             decoder.apply(QWEN, weights(QWEN), np.zeros(tokens, np.int32), np.ones(seen, bool), cache)
