@@ -104,6 +104,43 @@ CASES = {
     "ernie4_5/interleaved": ("ernie4_5", sizes(theta=5e5)),
     "ernie4_5/biases, untied": ("ernie4_5", sizes(32, 4, 2, 8, use_bias=True, tie_word_embeddings=False)),
     "ernie4_5/all kv heads": ("ernie4_5", sizes(20, 4, 4, 6, 3)),
+    "mixtral/four experts": ("mixtral", sizes(num_local_experts=4, num_experts_per_tok=2, theta=5e5)),
+    "mixtral/window, tied, one of three": (
+        "mixtral",
+        sizes(20, 6, 2, 4, 3, num_local_experts=3, num_experts_per_tok=1, sliding_window=4, tie_word_embeddings=True),
+    ),
+    "mixtral/all experts, gelu": (
+        "mixtral", sizes(32, 4, 4, 8, num_local_experts=3, num_experts_per_tok=3, hidden_act="gelu", rope=YARN),
+    ),
+    "qwen3_moe/dense between, by the interval": (
+        "qwen3_moe",
+        sizes(layers=4, decoder_sparse_step=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=14,
+              norm_topk_prob=True),
+    ),
+    "qwen3_moe/shares not of one, biases, window": (
+        "qwen3_moe",
+        sizes(20, 6, 2, 4, 3, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=10, norm_topk_prob=False,
+              mlp_only_layers=[0], attention_bias=True, use_sliding_window=True, sliding_window=3),
+    ),
+    "qwen3_moe/one expert a token, tied": (
+        "qwen3_moe",
+        sizes(32, 4, 4, 8, num_experts=7, num_experts_per_tok=1, moe_intermediate_size=12, norm_topk_prob=False,
+              tie_word_embeddings=True, rope=LLAMA3),
+    ),
+    "ernie4_5_moe/shared, dense first": (
+        "ernie4_5_moe",
+        sizes(layers=3, moe_num_experts=5, moe_k=2, moe_intermediate_size=14, moe_num_shared_experts=2),
+    ),
+    "ernie4_5_moe/none shared, by the interval, untied": (
+        "ernie4_5_moe",
+        sizes(32, 4, 2, 8, 5, moe_num_experts=6, moe_k=3, moe_intermediate_size=10, moe_num_shared_experts=0,
+              moe_layer_start_index=1, moe_layer_end_index=4, moe_layer_interval=2, tie_word_embeddings=False),
+    ),
+    "ernie4_5_moe/all layers, a floor of the sum": (
+        "ernie4_5_moe",
+        sizes(20, 4, 4, 6, 2, moe_num_experts=8, moe_k=2, moe_intermediate_size=12, moe_num_shared_experts=1,
+              moe_layer_start_index=0, moe_norm_min=0.7),
+    ),
     "gpt2/plain": ("gpt2", gpt2()),
     "gpt2/scaled by layer, inner": (
         "gpt2", gpt2(32, 4, n_inner=26, scale_attn_by_inverse_layer_idx=True, n_layer=3),

@@ -9,9 +9,9 @@ class RopeScaling:
     """How a model that was trained on short texts stretches its rotary frequencies for long ones; see ``rotary``.
 
     Args:
-      kind: "linear", "llama3", "yarn" or "longrope".
+      kind: "linear", "dynamic", "llama3", "yarn" or "longrope".
       factor: how much longer.
-      original: length of the texts before, in tokens (llama3, yarn, longrope).
+      original: length of the texts before, in tokens (all but linear).
       low, high: wavelengths that are stretched whole or left alone: ``original / low`` and ``original / high``
         (llama3); rotations over ``original`` that bound the ramp, beta_slow and beta_fast (yarn).
       attention_factor: multiplies cos and sin (yarn, longrope).
@@ -19,7 +19,7 @@ class RopeScaling:
       short, long: divisors of the frequencies for texts up to ``original`` and for longer ones (longrope).
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float = 1.0
     original: int = 0
     low: float = 1.0
@@ -155,7 +155,8 @@ class Config:
             if getattr(self, name) and len(getattr(self, name)) != self.layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
         if not self.family:
-            object.__setattr__(self, "family", "qwen3" if self.qk_norm else "llama")
+            families = ("mixtral", "qwen3_moe") if self.experts else ("llama", "qwen3")
+            object.__setattr__(self, "family", families[self.qk_norm])
 
     @property
     def rope_width(self) -> int:

@@ -7,80 +7,28 @@ compute differently is refused by name.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pt_jax.models.config import Config, RopeScaling
+from pt_jax.models import names, parameters
+from pt_jax.models.config import Config
+from pt_jax.models.fields import Fields, activation, window_fields, windows
 
 
-class Tensor(NamedTuple):
-    """A tensor of a layer on disk, and the leaves that it holds side by side.
+class Part(NamedTuple):
+    """A tensor on disk, and where in the stacks of our tree its leaves lie.
 
     Args:
-      name: below the layer's prefix.
-      leaves: names in our tree; several are joined along their outputs.
-      inputs: how many leading axes of a leaf are its inputs; 0 for norms and biases.
-      out_in: whether it is stored outputs first, as a Linear is; a Conv1D of GPT-2 is not.
+      name: in the file.
+      tensor: its row in the table of names.
+      at: the layer among those of its kind, and the number of the expert where it is an expert's.
+      shapes: of its leaves, there.
     """
 
     name: str
-    leaves: tuple[str, ...]
-    inputs: int = 0
-    out_in: bool = True
-
-
-def _linear(module, *leaves, inputs=1, out_in=True):
-    """A product, and its bias for the configs that have one."""
-    bias = Tensor(f"{module}.bias", tuple(f"{leaf}_bias" for leaf in leaves))
-    return Tensor(f"{module}.weight", leaves, inputs, out_in), bias
-
-
-def _norms(**modules):
-    return tuple(Tensor(f"{module}.weight", (leaf,)) for leaf, module in modules.items())
-
-
-_QKVO = (
-    *_linear("self_attn.q_proj", "wq"),
-    *_linear("self_attn.k_proj", "wk"),
-    *_linear("self_attn.v_proj", "wv"),
-    *_linear("self_attn.o_proj", "wo", inputs=2),
-)
-_SWIGLU = (*_linear("mlp.gate_proj", "gate"), *_linear("mlp.up_proj", "up"), *_linear("mlp.down_proj", "down"))
-_PRE = _norms(attn_norm="input_layernorm", mlp_norm="post_attention_layernorm")
-_POST = _norms(attn_out_norm="post_attention_layernorm", mlp_out_norm="post_feedforward_layernorm")
-_BOTH = _norms(
-    attn_norm="input_layernorm",
-    attn_out_norm="post_attention_layernorm",
-    mlp_norm="pre_feedforward_layernorm",
-    mlp_out_norm="post_feedforward_layernorm",
-)
-_QK = _norms(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-_LLAMA = (*_PRE, *_QKVO, *_SWIGLU)
-_PHI3 = (
-    *_PRE,
-    *_linear("self_attn.qkv_proj", "wq", "wk", "wv"),
-    *_linear("self_attn.o_proj", "wo", inputs=2),
-    *_linear("mlp.gate_up_proj", "gate", "up"),
-    *_linear("mlp.down_proj", "down"),
-)
-_GPT2 = (
-    Tensor("ln_1.weight", ("attn_norm",)),
-    Tensor("ln_1.bias", ("attn_norm_bias",)),
-    Tensor("ln_2.weight", ("mlp_norm",)),
-    Tensor("ln_2.bias", ("mlp_norm_bias",)),
-    *_linear("attn.c_attn", "wq", "wk", "wv", out_in=False),
-    *_linear("attn.c_proj", "wo", inputs=2, out_in=False),
-    *_linear("mlp.c_fc", "up", out_in=False),
-    *_linear("mlp.c_proj", "down", out_in=False),
-)
-_WHOLE = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "unembed": "lm_head.weight"}
-_WHOLE_GPT2 = {
-    "embed": "transformer.wte.weight",
-    "positions": "transformer.wpe.weight",
-    "norm": "transformer.ln_f.weight",
-    "norm_bias": "transformer.ln_f.bias",
-    "unembed": "lm_head.weight",
-}
+    tensor: names.Tensor
+    at: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,140 +44,38 @@ class Family:
       whole: our leaf -> tensor, of what is no layer.
       defaults: fields of config.json that the class fills in when the file lacks them.
       classifier: class of transformers for sequence classification; None where there is none.
+      ignored: tensors of files that transformers passes over too, as a regular expression.
     """
 
     architecture: str
-    choices: Callable[["Fields"], dict] = lambda fields: {}
+    choices: Callable[[Fields], dict] = lambda fields: {}
     fields: Callable[[Config], dict] = lambda config: {}
-    layer: tuple[Tensor, ...] = _LLAMA
+    layer: tuple[names.Tensor, ...] = names.LLAMA
     prefix: str = "model.layers.{}."
-    whole: dict[str, str] = dataclasses.field(default_factory=lambda: _WHOLE)
+    whole: dict[str, str] = dataclasses.field(default_factory=lambda: names.WHOLE)
     defaults: dict = dataclasses.field(default_factory=dict)
     classifier: str | None = None
+    ignored: str | None = None
 
+    def parts(self, config: Config) -> Iterator[Part]:
+        """The tensors of all layers, one by one."""
+        stacks, number = parameters.shapes(config)["layers"], {"all": 0, "dense": 0, "experts": 0}
+        for i, has_experts in enumerate(config.has_experts):
+            kinds = ("all", "experts" if has_experts else "dense")
+            for tensor in self.layer:
+                of = parameters.kind(tensor.leaves[0])
+                if of in kinds and tensor.leaves[0] in stacks:
+                    yield from self._parts(tensor, i, number[of], [stacks[leaf] for leaf in tensor.leaves])
+            for kind in kinds:
+                number[kind] += 1
 
-class Fields(dict):
-    """The fields of a config.json, with errors that name the file."""
-
-    def __init__(self, fields, file):
-        super().__init__(fields)
-        self.file = file
-
-    def need(self, name):
-        if self.get(name) is None:
-            raise ValueError(f"{self.file}: lacks the field {name}")
-        return self[name]
-
-    def must_be(self, name, *values):
-        """Fails unless the field is missing, null or one of the values that are computed."""
-        if self.get(name) is not None and self[name] not in values:
-            expected = " or ".join(map(repr, values))
-            raise ValueError(f"{self.file}: {name} is {self[name]!r}; only {expected} is computed")
-
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
-ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-def activation(fields, *names):
-    """The activation of whichever of these fields is set."""
-    name = next((n for n in names if fields.get(n) is not None), names[-1])
-    fields.must_be(name, *ACTIVATIONS)
-    return ACTIVATIONS[fields.get(name) or "silu"]
-
-
-def rope(fields: Fields) -> dict:
-    """Rotary positions, from the fields of transformers 5 (``rope_parameters``) or 4 (``rope_theta`` and others)."""
-    given = fields.get("rope_parameters") or {}
-    if "full_attention" in given:
-        given = given["full_attention"]
-    elif not given:
-        given = (fields.get("rope_scaling") or {}) | {"rope_theta": fields.get("rope_theta") or 10_000.0}
-    given = Fields(given, f"{fields.file}: rope_parameters")
-    kind = given.get("rope_type", given.get("type", "default"))
-    fraction = given.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
-    return {
-        "rope_base": float(given.need("rope_theta")),
-        "rope_fraction": float(fraction),
-        "rope_scaling": _scaling("longrope" if kind == "su" else kind, given, fields),
-    }
-
-
-def _scaling(kind, given, fields):
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(given.need("factor")))
-    original = given.get("original_max_position_embeddings", fields.get("original_max_position_embeddings"))
-    original = original or fields.need("max_position_embeddings")
-    factor = float(given.get("factor") or fields.need("max_position_embeddings") / original)
-    if kind == "llama3":
-        low, high = float(given.need("low_freq_factor")), float(given.need("high_freq_factor"))
-        return RopeScaling("llama3", factor, original, low, high)
-    grown = given.get("attention_factor")
-    if kind == "yarn":
-        scale = lambda share: 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1
-        if grown is None:
-            both = given.get("mscale") and given.get("mscale_all_dim")
-            grown = scale(given["mscale"]) / scale(given["mscale_all_dim"]) if both else scale(1)
-        low, high = float(given.get("beta_slow") or 1), float(given.get("beta_fast") or 32)
-        return RopeScaling("yarn", factor, original, low, high, float(grown), bool(given.get("truncate", True)))
-    if kind == "longrope":
-        if grown is None:
-            grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        lists = {name: tuple(map(float, given.need(f"{name}_factor"))) for name in ("short", "long")}
-        return RopeScaling("longrope", factor, original, attention_factor=float(grown), **lists)
-    raise ValueError(
-        f"{given.file}: rope_type is {kind!r}; only 'default', 'linear', 'llama3', 'yarn' and 'longrope' are computed"
-    )
-
-
-def rope_fields(config: Config) -> dict:
-    """The inverse of ``rope``, for transformers 5, with ``rope_theta`` for those who still read that."""
-    out = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_fraction != 1:
-        out["partial_rotary_factor"] = config.rope_fraction
-    scaling = config.rope_scaling
-    if scaling is not None:
-        out |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind != "linear":
-            out["original_max_position_embeddings"] = scaling.original
-        if scaling.kind == "llama3":
-            out |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
-        if scaling.kind in ("yarn", "longrope"):
-            out["attention_factor"] = scaling.attention_factor
-        if scaling.kind == "yarn":
-            out |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "truncate": scaling.truncate}
-        if scaling.kind == "longrope":
-            out |= {"short_factor": list(scaling.short), "long_factor": list(scaling.long)}
-    if config.local_rope_base is not None:
-        local = {"rope_type": "default", "rope_theta": config.local_rope_base}
-        return {"rope_parameters": {"full_attention": out, "sliding_attention": local}}
-    return {"rope_parameters": out, "rope_theta": config.rope_base}
-
-
-def windows(fields, sliding: Callable[[int], bool]) -> tuple[int, ...]:
-    """What each layer sees, from ``layer_types`` or else by a rule of the layer's number; () when all see all."""
-    layers, kinds = fields.need("num_hidden_layers"), fields.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
-    other = sorted(set(kinds) - {"sliding_attention", "full_attention"})
-    if other:
-        raise ValueError(f"{fields.file}: layer_types holds {other[0]!r}; only full and sliding attention are computed")
-    if "sliding_attention" not in kinds:
-        return ()
-    window = fields.need("sliding_window")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def window_fields(config: Config) -> dict:
-    if not any(config.windows):
-        return {"sliding_window": None}
-    kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
-    return {"sliding_window": max(config.windows), "layer_types": kinds}
-
-
-# ---- the families
+    def _parts(self, tensor, layer, of_kind, stacks):
+        name = self.prefix.format(layer) + tensor.name
+        if "{}" not in tensor.name:
+            yield Part(name, tensor, (of_kind,), tuple(shape[1:] for shape in stacks))
+            return
+        for expert in range(stacks[0][1]):
+            yield Part(name.format(expert), tensor, (of_kind, expert), tuple(shape[2:] for shape in stacks))
 
 
 def _biases(fields):
@@ -267,8 +113,8 @@ def _gemma(fields):
 
 
 def _gemma_fields(config):
-    names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-    out = {"hidden_activation": names[config.activation], "attention_bias": config.out_bias}
+    called = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    out = {"hidden_activation": called[config.activation], "attention_bias": config.out_bias}
     kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
     # transformers wants a window even where no layer has one
     out |= {"sliding_window": max(config.windows, default=0) or 4096}
@@ -314,17 +160,100 @@ def _gpt2(fields):
 
 
 def _gpt2_fields(config):
-    names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
+    called = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
     return {
         "n_embd": config.width, "n_head": config.heads, "n_layer": config.layers, "n_inner": config.hidden,
         "n_positions": config.max_length, "layer_norm_epsilon": config.eps,
-        "activation_function": names[config.activation], "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
+        "activation_function": called[config.activation], "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
     }  # fmt: skip
 
 
 def _ernie(fields):
     bias = bool(fields.get("use_bias"))
     return {"rope_interleaved": True, "qkv_bias": bias, "out_bias": bias, "mlp_bias": bias}
+
+
+def _everywhere(fields):
+    """Mixtral's and Qwen's way with experts: all layers have the window, or none."""
+    return windows(fields, lambda i: fields.get("sliding_window") is not None)
+
+
+def _mixtral(fields):
+    fields.must_be("router_jitter_noise", 0)
+    return {
+        "windows": _everywhere(fields), "experts": fields.need("num_local_experts"),
+        "experts_per_token": fields.need("num_experts_per_tok"), "expert_hidden": fields.need("intermediate_size"),
+    }  # fmt: skip
+
+
+def _mixtral_fields(config):
+    return window_fields(config) | {
+        "num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token,
+        "intermediate_size": config.expert_hidden,
+    }  # fmt: skip
+
+
+def _chosen(has):
+    """``expert_layers`` and no experts at all where no layer has them."""
+    return {"expert_layers": () if all(has) else tuple(has)} if any(has) else {"experts": 0}
+
+
+def _qwen3_moe(fields):
+    """The number of experts is called num_experts in the files of the hub, num_local_experts in those that are new."""
+    layers, step = fields.need("num_hidden_layers"), fields.get("decoder_sparse_step") or 1
+    experts, dense = fields.get("num_local_experts"), fields.get("mlp_only_layers") or []
+    experts = fields.need("num_experts") if experts is None else experts
+    fields.must_be("num_experts", experts)
+    window = _everywhere(fields) if fields.get("use_sliding_window") else ()
+    return _biases(fields) | {
+        "qk_norm": True, "windows": window, "experts": experts,
+        "experts_per_token": fields.need("num_experts_per_tok"), "expert_hidden": fields.need("moe_intermediate_size"),
+        "norm_experts": bool(fields.get("norm_topk_prob")),
+    } | _chosen([experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers)])  # fmt: skip
+
+
+def _qwen3_moe_fields(config):
+    return _bias_fields(config) | _optional_window_fields(config) | {
+        "num_experts": config.experts, "num_local_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token, "moe_intermediate_size": config.expert_hidden,
+        "norm_topk_prob": config.norm_experts, "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, has in enumerate(config.has_experts) if not has],
+    }  # fmt: skip
+
+
+def _ernie_moe(fields):
+    layers, step = fields.need("num_hidden_layers"), fields.need("moe_layer_interval")
+    first, last = (fields.need(f"moe_layer_{side}_index") for side in ("start", "end"))
+    hidden = fields.need("moe_intermediate_size")
+    last = layers - 1 if last == -1 else last
+    has = [first <= i <= last and (i + 1) % step == 0 for i in range(layers)]
+    experts = {
+        "experts": fields.need("moe_num_experts"), "experts_per_token": fields.need("moe_k"), "expert_hidden": hidden,
+        "shared_hidden": hidden * (fields.get("moe_num_shared_experts") or 0),
+        "expert_floor": float(fields.need("moe_norm_min")), "router_bias": True,
+    }  # fmt: skip
+    fields.must_be("use_bias", False)  # with it the logits have a bias too, and no checkpoint is known that has one
+    return {"rope_interleaved": True} | (experts | _chosen(has) if any(has) else {})
+
+
+def _ernie_moe_fields(config):
+    has = [i for i, x in enumerate(config.has_experts) if x]
+    first, last = (has[0], has[-1]) if has else (config.layers, config.layers - 1)
+    rule = lambda step: [i for i in range(first, last + 1) if (i + 1) % step == 0]
+    step = next((step for step in range(1, config.layers + 1) if rule(step) == has), None)
+    if step is None:
+        raise ValueError(f"expert_layers: {has} have no constant interval, which {config.family} needs")
+    if config.shared_hidden % max(config.expert_hidden, 1):
+        raise ValueError(
+            f"shared_hidden={config.shared_hidden} must be a multiple of expert_hidden={config.expert_hidden} for "
+            f"{config.family}"
+        )
+    return {
+        "use_bias": False, "moe_num_experts": config.experts, "moe_k": config.experts_per_token,
+        "moe_intermediate_size": config.expert_hidden, "moe_norm_min": config.expert_floor,
+        "moe_num_shared_experts": config.shared_hidden // max(config.expert_hidden, 1),
+        "moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": step,
+    }  # fmt: skip
 
 
 FAMILIES = {
@@ -347,7 +276,7 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         lambda fields: _biases(fields) | {"qk_norm": True, "windows": _optional_window(fields)},
         lambda config: _bias_fields(config) | _optional_window_fields(config),
-        layer=(*_LLAMA, *_QK),
+        layer=(*names.LLAMA, *names.QK),
         defaults={"head_dim": 128, "sliding_window": 4096},
         classifier="Qwen3ForSequenceClassification",
     ),
@@ -360,7 +289,7 @@ FAMILIES = {
         lambda config: _gemma_fields(config) | {
             "attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.logit_softcap,
         },
-        layer=(*_BOTH, *_QKVO, *_SWIGLU),
+        layer=(*names.BOTH, *names.QKVO, *names.SWIGLU),
         defaults={
             "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh",
@@ -375,7 +304,7 @@ FAMILIES = {
         lambda config: _gemma_fields(config) | {
             "attn_logit_softcapping": None, "final_logit_softcapping": config.logit_softcap,
         },
-        layer=(*_BOTH, *_QKVO, *_QK, *_SWIGLU),
+        layer=(*names.BOTH, *names.QKVO, *names.QK, *names.SWIGLU),
         defaults={
             "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1_000_000.0,
@@ -388,7 +317,7 @@ FAMILIES = {
         lambda config: window_fields(config) | (
             {"original_max_position_embeddings": config.rope_scaling.original} if config.rope_scaling else {}
         ),
-        layer=_PHI3,
+        layer=names.PHI3,
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         classifier="Phi3ForSequenceClassification",
     ),
@@ -396,8 +325,9 @@ FAMILIES = {
         "Olmo2ForCausalLM",
         lambda fields: _biases(fields) | {"norms": "post", "qk_norm": True, "qk_norm_whole": True},
         _bias_fields,
-        layer=(*_POST, *_QKVO, *_QK, *_SWIGLU),
+        layer=(*names.POST, *names.QKVO, *names.QK, *names.SWIGLU),
         defaults={"rms_norm_eps": 1e-5},
+        classifier="Olmo2ForSequenceClassification",
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -414,13 +344,44 @@ FAMILIES = {
         lambda config: {"use_bias": config.qkv_bias},
         defaults={"head_dim": 128, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _mixtral,
+        _mixtral_fields,
+        layer=(*names.PRE, *names.QKVO, *names.experts("block_sparse_moe", "w1", "w3", "w2")),
+        defaults={
+            "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "num_key_value_heads": 8,
+        },
+        classifier="MixtralForSequenceClassification",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _qwen3_moe,
+        _qwen3_moe_fields,
+        layer=(*names.LLAMA, *names.QK, *names.experts("mlp")),
+        defaults={"sliding_window": 4096, "num_key_value_heads": 4, "num_experts_per_tok": 8},
+        classifier="Qwen3MoeForSequenceClassification",
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        _ernie_moe,
+        _ernie_moe_fields,
+        layer=(*names.LLAMA, *names.ERNIE_EXPERTS),
+        defaults={
+            "rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "num_key_value_heads": 4,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1,
+            "moe_layer_interval": 1, "moe_norm_min": 1e-12,
+        },
+        ignored="mtp",  # heads that guess several tokens ahead
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _gpt2,
         _gpt2_fields,
-        layer=_GPT2,
+        layer=names.GPT2,
         prefix="transformer.h.{}.",
-        whole=_WHOLE_GPT2,
+        whole=names.WHOLE_GPT2,
         defaults={"activation_function": "gelu_new", "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
         classifier="GPT2ForSequenceClassification",
     ),

@@ -15,12 +15,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pt_jax import folders
-from pt_jax.models import families, parameters
+from pt_jax.models import families, parameters, vocabulary
 from pt_jax.models.config import Config
-
-# buffers that old files hold beside the weights
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
-SHARD = 5 * 2**30  # bytes of a file
+from pt_jax.models.fields import Fields, activation, rope, rope_fields
+from pt_jax.models.placing import Filling
+from pt_jax.models.tensors import Made, Tensors, read_json, write
 
 
 def load(path, *, dtype=jnp.float32, place=None):
@@ -31,7 +30,7 @@ def load(path, *, dtype=jnp.float32, place=None):
     Args:
       path: a local folder with config.json and model.safetensors (or its sharded form with an index); or the name of a
         model on the Hugging Face hub, "owner/name", which is downloaded.
-      dtype: of the parameters; float32 keeps master weights whatever the file holds.
+      dtype: of the parameters; float32 keeps master weights whatever the file holds. Routers are float32 always.
       place: shapes of the parameters -> their shardings, such as ``partial(training.sharding.by_name, mesh=mesh)``;
         None: the default device.
 
@@ -42,34 +41,28 @@ def load(path, *, dtype=jnp.float32, place=None):
       ValueError: the folder, a field of its config or a tensor is not what this decoder can take; the message names
         the file and what was expected.
     """
-    folder = _local(path)
-    config = read_config(folder)
-    family, tensors = families.FAMILIES[config.family], Tensors(folder)
-    tensors.prefixed(family.whole["embed"])
-    shapes = flatten_dict(parameters.shapes(config))
-    shardings = _shardings(shapes, dtype, place)
+    folder = local(path)
+    config, tensors = opened(folder)
+    family, shapes = families.FAMILIES[config.family], flatten_dict(parameters.shapes(config))
     if config.tied:
         _check_tied(folder, tensors, family)
-    out = {
-        leaf: jax.device_put(tensors.take(family.whole[leaf[0]], shape).astype(dtype), shardings[leaf])
-        for leaf, shape in shapes.items()
-        if leaf[0] != "layers"
-    }
-    out |= {leaf: _zeros(shape, dtype, shardings[leaf]) for leaf, shape in shapes.items() if leaf[0] == "layers"}
-    for i in range(config.layers):
-        for tensor in family.layer:
-            leaves = [("layers", leaf) for leaf in tensor.leaves]
-            if leaves[0] in shapes:
-                given = [shapes[leaf][1:] for leaf in leaves]
-                whole = tensors.take(family.prefix.format(i) + tensor.name, _on_disk(tensor, given))
-                for leaf, part in zip(leaves, _split(tensor, whole, given)):
-                    out[leaf] = _put(out[leaf], part.astype(dtype), i)
-    tensors.all_taken()
-    return unflatten_dict(out), config
+    types = {leaf: parameters.type_of(leaf[-1], dtype) for leaf in shapes}
+    shardings = _shardings(shapes, types, place)
+    out = {leaf: Filling(shape, types[leaf], shardings[leaf]) for leaf, shape in shapes.items()}
+    for leaf, shape in shapes.items():
+        if leaf[0] != "layers":
+            out[leaf].put(tensors.take(family.whole[leaf[0]], _whole_on_disk(leaf[0], shape)).reshape(shape))
+    for part in family.parts(config):
+        whole = tensors.take(part.name, _on_disk(part.tensor, part.shapes))
+        for name, piece in zip(part.tensor.leaves, _split(part.tensor, whole, part.shapes)):
+            out["layers", name].put(piece, part.at)
+    return unflatten_dict({leaf: filling.array() for leaf, filling in out.items()}), config
 
 
 def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=()):
     """Writes a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` and vLLM load.
+
+    Of a model that scores texts, one for ``AutoModelForSequenceClassification``, with one label.
 
     The folder appears whole or not at all: everything is written beside it, read back, and renamed.
 
@@ -82,17 +75,25 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=
       keep: names of files that a replaced folder passes on, such as logs.
 
     Raises:
-      ValueError: the folder exists and is not empty, or cannot be written; or the parameters are not this model's.
+      ValueError: the folder exists and is not empty, or cannot be written; the parameters are not this model's; the
+        tokenizer has ids that the embedding has not; or transformers has no class for such a model.
     """
     _check_tree(params, config)
+    if config.head == "score" and families.FAMILIES[config.family].classifier is None:
+        raise ValueError(
+            f"{path}: transformers has no class for scores of the family {config.family}, so none is saved"
+        )
+    if tokenizer is not None:
+        vocabulary.check(tokenizer, config, path)
     dtype = str(params["embed"].dtype)
     with folders.appear_whole(path, overwrite=overwrite, keep=keep) as folder:
-        _write_tensors(folder, _tensors(params, config))
+        write(folder, _made(params, config))
         (folder / "config.json").write_text(json.dumps(to_json(config, dtype), indent=2) + "\n")
-        generation = {"bos_token_id": config.bos_token, "eos_token_id": list(config.end_tokens) or None}
-        generation |= {"pad_token_id": config.pad_token}
-        generation = {k: v for k, v in generation.items() if v is not None}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        if config.head == "tokens":
+            generation = {"bos_token_id": config.bos_token, "eos_token_id": list(config.end_tokens) or None}
+            generation |= {"pad_token_id": config.pad_token}
+            generation = {k: v for k, v in generation.items() if v is not None}
+            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -105,15 +106,15 @@ def read_config(path) -> Config:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder}: has no config.json, so it is not a model folder")
-    given = _read_json(file)
+    given = read_json(file)
     name = given.get("model_type")
     if name not in families.FAMILIES:
         known = ", ".join(sorted(families.FAMILIES))
         raise ValueError(f"{file}: model_type is {name!r}; this version knows {known}")
     family = families.FAMILIES[name]
     generation = folder / "generation_config.json"
-    ends = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", given.get("eos_token_id"))
-    fields = families.Fields(family.defaults | given, file)
+    ends = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", given.get("eos_token_id"))
+    fields = Fields(family.defaults | given, file)
     common = _gpt2_names(fields) if name == "gpt2" else _common(fields)
     try:
         return Config(
@@ -122,12 +123,28 @@ def read_config(path) -> Config:
             end_tokens=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
             pad_token=fields.get("pad_token_id"),
             tied=bool(fields.get("tie_word_embeddings", False)),
+            head=_head(fields, family),
             **common | {"qk_norm": False} | family.choices(fields),
         )
     except (TypeError, AttributeError, KeyError) as e:
         raise ValueError(f"{file}: has a field of another form than expected ({type(e).__name__}: {e})") from e
     except ValueError as e:
         raise e if str(e).startswith(str(file)) else ValueError(f"{file}: {e}") from e
+
+
+CLASSIFIER = "ForSequenceClassification"  # what transformers calls models that give a text a number for each label
+
+
+def _head(fields, family):
+    named = (fields.get("architectures") or [""])[0]
+    if not named.endswith(CLASSIFIER):
+        return "tokens"
+    if family.classifier is None:
+        raise ValueError(f"{fields.file}: architectures is {named}; transformers has no such class for this family")
+    labels = len(fields["id2label"]) if fields.get("id2label") else fields.get("num_labels", 2)
+    if labels != 1:
+        raise ValueError(f"{fields.file}: {named} with {labels} labels; only one, a reward or a value, is computed")
+    return "score"
 
 
 def _common(fields) -> dict:
@@ -142,9 +159,9 @@ def _common(fields) -> dict:
         "hidden": fields.need("intermediate_size"),
         "max_length": fields.get("max_position_embeddings") or 2048,
         "eps": fields.get("rms_norm_eps", 1e-6),
-        "activation": families.activation(fields, "hidden_act"),
+        "activation": activation(fields, "hidden_act"),
     }
-    return out | families.rope(fields)
+    return out | rope(fields)
 
 
 def _gpt2_names(fields) -> dict:
@@ -166,6 +183,8 @@ def to_json(config: Config, dtype: str) -> dict:
     """The fields of config.json."""
     family = families.FAMILIES[config.family]
     out = {"architectures": [family.architecture], "model_type": config.family, "vocab_size": config.vocab}
+    if config.head == "score":
+        out |= {"architectures": [family.classifier], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if config.family != "gpt2":
         names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
         out |= {
@@ -178,7 +197,7 @@ def to_json(config: Config, dtype: str) -> dict:
             "max_position_embeddings": config.max_length,
             "hidden_act": names[config.activation],
             "rms_norm_eps": config.eps,
-        } | families.rope_fields(config)
+        } | rope_fields(config)
     ends = list(config.end_tokens)
     return out | family.fields(config) | {
         "tie_word_embeddings": config.tied,
@@ -193,64 +212,39 @@ def to_json(config: Config, dtype: str) -> dict:
 # ---- tensors
 
 
-class Tensors:
-    """The tensors of a folder by name, read one at a time when they are taken."""
-
-    def __init__(self, folder):
-        from safetensors import SafetensorError, safe_open
-
-        self.folder, self.where, self.prefix = folder, {}, ""
-        for file in _files(folder):
-            try:
-                opened = safe_open(folder / file, framework="np")
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{folder / file}: cannot be read ({e}); copy or download it again") from e
-            self.where |= {name: (file, opened) for name in opened.keys()}  # noqa: SIM118 (it is not a dict)
-        self.left = {name for name in self.where if not BUFFERS.search(name)}
-
-    def prefixed(self, name):
-        """Files of the base model alone leave out the first word of every name: GPT-2 on the hub."""
-        first, rest = name.split(".", 1)
-        if name not in self.where and rest in self.where:
-            self.prefix = f"{first}."
-
-    def __contains__(self, name):
-        return name.removeprefix(self.prefix) in self.where
-
-    def take(self, name, shape):
-        """A tensor as a numpy array, once; its shape must be this one."""
-        name = name.removeprefix(self.prefix)
-        if name not in self.where:
-            raise ValueError(f"{self.folder}: the weights lack the tensor {name}")
-        file, opened = self.where[name]
-        array = opened.get_tensor(name)
-        if array.shape != tuple(shape):
-            raise ValueError(
-                f"{self.folder / file}: {name} has shape {array.shape}, config.json asks for {tuple(shape)}"
-            )
-        self.left.discard(name)
-        return array
-
-    def all_taken(self):
-        if self.left:
-            extra = sorted(self.left)
-            file = self.folder / self.where[extra[0]][0]
-            raise ValueError(f"{file}: unexpected tensor {extra[0]} (and {len(extra) - 1} more); this family has none")
+def opened(folder) -> tuple[Config, Tensors]:
+    """The model of a folder and its tensors, whose names, shapes and types are all checked; no numbers are read."""
+    config = read_config(folder)
+    family = families.FAMILIES[config.family]
+    tensors = Tensors(folder, family.ignored)
+    tensors.prefixed(family.whole["embed"])
+    shapes = parameters.shapes(config)
+    for leaf, shape in shapes.items():
+        if leaf != "layers":
+            tensors.check(family.whole[leaf], _whole_on_disk(leaf, shape))
+    for part in family.parts(config):
+        tensors.check(part.name, _on_disk(part.tensor, part.shapes))
+    if config.tied and family.whole["unembed"] in tensors:
+        tensors.check(family.whole["unembed"], shapes["embed"])
+    tensors.all_taken()
+    return config, tensors
 
 
 def _check_tied(folder, tensors, family):
     """A file may hold the unembedding though it is tied; then it must be the embedding."""
     name = family.whole["unembed"]
-    if name in tensors:
-        embed = family.whole["embed"].removeprefix(tensors.prefix)
-        shape = tensors.where[embed][1].get_slice(embed).get_shape() if embed in tensors.where else ()
-        if not shape or not np.array_equal(tensors.take(name, shape), tensors.where[embed][1].get_tensor(embed)):
-            raise ValueError(f"{folder}: config.json ties the embeddings, but {name} differs from the embedding")
+    if name in tensors and not tensors.same(name, family.whole["embed"]):
+        raise ValueError(f"{folder}: config.json ties the embeddings, but {name} differs from the embedding")
+
+
+def _whole_on_disk(leaf, shape):
+    """The shape of a tensor that is no layer's: a head is a product with one output."""
+    return (1, *shape) if leaf == "score" else shape
 
 
 def _on_disk(tensor, shapes):
     """The shape of a tensor that holds leaves of these shapes side by side."""
-    if not tensor.inputs:
+    if not tensor.inputs and tensor.out_in:
         return (sum(int(np.prod(shape)) for shape in shapes),)
     rows = int(np.prod(shapes[0][: tensor.inputs]))
     columns = sum(int(np.prod(shape[tensor.inputs :])) for shape in shapes)
@@ -267,66 +261,40 @@ def _split(tensor, whole, shapes):
 
 def _joined(tensor, leaves):
     """The tensor of some leaves: the inverse of ``_split``."""
-    if not tensor.inputs:
+    if not tensor.inputs and tensor.out_in:
         return np.concatenate([leaf.reshape(-1) for leaf in leaves])
     rows = int(np.prod(leaves[0].shape[: tensor.inputs]))
     whole = np.concatenate([leaf.reshape(rows, -1) for leaf in leaves], -1)
     return whole.T if tensor.out_in else whole
 
 
-def _tensors(params, config):
-    """Names and arrays as they go on disk, one at a time."""
+def _made(params, config):
+    """The tensors as they go on disk, one at a time."""
     family = families.FAMILIES[config.family]
     for leaf, name in family.whole.items():
         if leaf in params:
-            yield name, np.asarray(params[leaf])
-    for i in range(config.layers):
-        for tensor in family.layer:
-            if tensor.leaves[0] in params["layers"]:
-                leaves = [np.asarray(params["layers"][leaf][i]) for leaf in tensor.leaves]
-                yield family.prefix.format(i) + tensor.name, _joined(tensor, leaves)
+            x = params[leaf]
+            yield Made(name, _whole_on_disk(leaf, x.shape), np.dtype(x.dtype), partial(_fetched, x))
+    for part in family.parts(config):
+        stacks = [params["layers"][leaf] for leaf in part.tensor.leaves]
+        dtype = np.result_type(*(np.dtype(stack.dtype) for stack in stacks))
+        yield Made(part.name, _on_disk(part.tensor, part.shapes), dtype, partial(_of_layer, stacks, part))
 
 
-def _write_tensors(folder, tensors):
-    """One file, or several with an index; each is read back and compared."""
-    from safetensors.numpy import load_file, save_file
-
-    files, size, total = [{}], 0, 0
-    # save_file of safetensors 0.8.0 writes the bytes of a transposed array in the wrong order
-    for name, array in ((name, np.ascontiguousarray(array)) for name, array in tensors):
-        if size + array.nbytes > SHARD and files[-1]:
-            files.append({})
-            size = 0
-        files[-1][name] = array
-        size, total = size + array.nbytes, total + array.nbytes
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-        index = {"metadata": {"total_size": total}}
-        index["weight_map"] = {name: file for file, held in zip(names, files) for name in held}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, held in zip(names, files):
-        save_file(held, folder / file, metadata={"format": "pt"})
-        back = load_file(folder / file)
-        wrong = [n for n, x in held.items() if x.tobytes() != back[n].tobytes()]
-        if wrong:
-            raise OSError(f"{folder / file}: {wrong[0]} did not read back as it was written; do not trust this disk")
+def _fetched(x):
+    """An array of the host; of a copy, because an array of a device keeps what was fetched of it."""
+    return np.asarray(jnp.copy(x) if isinstance(x, jax.Array) else x)
 
 
-def _shardings(shapes, dtype, place):
+def _of_layer(stacks, part):
+    return _joined(part.tensor, [np.asarray(stack[part.at]) for stack in stacks])
+
+
+def _shardings(shapes, types, place):
     if place is None:
         return dict.fromkeys(shapes)
-    tree = unflatten_dict({leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, shape in shapes.items()})
+    tree = unflatten_dict({leaf: jax.ShapeDtypeStruct(shape, types[leaf]) for leaf, shape in shapes.items()})
     return flatten_dict(place(tree))
-
-
-def _zeros(shape, dtype, sharding):
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put(stack, layer, i):
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
 def _check_tree(params, config):
@@ -340,7 +308,7 @@ def _check_tree(params, config):
             raise ValueError(f"params[{name!r}] has shape {given[name].shape}, the config asks for {shape}")
 
 
-def _local(path) -> pathlib.Path:
+def local(path) -> pathlib.Path:
     """The folder itself, or the one that a name on the hub is downloaded to."""
     folder = pathlib.Path(path)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -354,23 +322,3 @@ def _local(path) -> pathlib.Path:
     except Exception as e:  # of the network, the hub and its cache: a dozen kinds
         why = f"{type(e).__name__}: {e}".split("\n")[0]
         raise ValueError(f"{path}: no such folder, and not to be had from the hub ({why})") from e
-
-
-def _files(folder):
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    if not index.is_file():
-        raise ValueError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-    files = sorted(set(_read_json(index)["weight_map"].values()))
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder}: {index.name} names {file}, which is not there")
-    return files
-
-
-def _read_json(file) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}: is not JSON ({e})") from e

@@ -4,6 +4,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864. A pair i of c / 2 turns by pos
 scaling change these frequencies so that a model reads texts longer than those it was trained on:
 
     linear     divides all by the factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595)
+    dynamic    lets the base grow with the length, where it is above the one of before ("dynamic NTK")
     llama3     divides the slow ones, leaves the fast ones, blends those between (Llama 3.1)
     yarn       the same with a ramp over the pairs, and cos and sin grow by a factor (https://arxiv.org/abs/2309.00071)
     longrope   divides each by a number of its own, one list for short and one for long texts (Phi-3)
@@ -24,9 +25,12 @@ def frequencies(width: int, base: float, scaling: RopeScaling | None, length: in
       width: of the part of a head that is rotated.
       base: theta.
       scaling: or None.
-      length: of the array that holds the text. Only longrope looks at it: it takes the list for long texts when there
-        is room for one, so that a cache is read with the frequencies that it was written with.
+      length: of the array that holds the text. Only longrope and dynamic look at it: they take the frequencies of the
+        longest text that there is room for, so that a cache is read with the frequencies that it was written with.
     """
+    if scaling is not None and scaling.kind == "dynamic":
+        more = scaling.factor * max(length / scaling.original, 1) - (scaling.factor - 1)
+        base = base * more ** (width / (width - 2))
     inverse = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling is None:
         return inverse.astype(np.float32), 1.0
@@ -38,7 +42,7 @@ def frequencies(width: int, base: float, scaling: RopeScaling | None, length: in
         inverse = _yarn(inverse, width, base, scaling)
     elif scaling.kind == "longrope":
         inverse = inverse / np.asarray(scaling.long if length > scaling.original else scaling.short)
-    else:
+    elif scaling.kind != "dynamic":
         raise ValueError(f"rope scaling of kind {scaling.kind!r} is not known")
     return inverse.astype(np.float32), scaling.attention_factor
 

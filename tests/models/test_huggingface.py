@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from pt_jax.models import Config, apply, load, save
+from pt_jax.models import Config, apply, load, save, tensors
 from pt_jax.models.huggingface import read_config
 
 REFERENCE = json.loads((pathlib.Path(__file__).parents[1] / "reference" / "decoder.json").read_text())
@@ -89,6 +89,11 @@ def write(folder, fields=SMALL, tensors=None, shards=None, **other):
     for name, content in other.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+class Tokenizer:
+    def get_vocab(self):
+        return {"first": 0, "last": SMALL["vocab_size"] - 1}
 
 
 def refused(folder, *words):
@@ -242,13 +247,13 @@ def test_a_family_that_is_not_known(folder, family):
     refused(folder, "model_type", str(family), "llama, mistral")
 
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}
+UNKNOWN = {"rope_type": "proportional", "rope_theta": 5e5, "factor": 8.0}
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rope_parameters": DYNAMIC}, ["rope_type is 'dynamic'", "only 'default', 'linear', .* computed"]),
+        ({"rope_parameters": UNKNOWN}, ["rope_type is 'proportional'", "only 'default', 'linear', .* computed"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "ntk"}}, ["rope_type is 'ntk'"]),
         ({"hidden_act": "relu"}, ["hidden_act is 'relu'; only 'silu' or .* is computed"]),
         ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types holds 'linear_attention'"]),
@@ -335,13 +340,56 @@ def test_every_shape_is_compared(folder, name):
         refused(write(folder, tensors=bad), re.escape(name), re.escape(str(wrong.shape)), "asks for")
 
 
-@pytest.mark.parametrize("left", [0, 5, 200, -1])
+@pytest.mark.parametrize("left", [0, 5, 200])
 @pytest.mark.parametrize("shards", [None, 2])
-def test_weights_that_are_cut_off(folder, left, shards):
-    write(folder, shards=shards)
-    file = folder / ("model.safetensors" if shards is None else "model-1.safetensors")
+def test_weights_that_are_cut_off_in_the_header(folder, left, shards):
+    file = write(folder, shards=shards) / ("model.safetensors" if shards is None else "model-1.safetensors")
     file.write_bytes(file.read_bytes()[:left])
+    refused(folder, re.escape(file.name), "cannot be read .*ends within its header.* download it again")
+
+
+@pytest.mark.parametrize("left", [-1, -57])
+@pytest.mark.parametrize("shards", [None, 2])
+def test_weights_that_are_cut_off_in_a_tensor(folder, left, shards):
+    """Of the norm, which is last in the file, and of a larger tensor before it."""
+    file = write(folder, shards=shards) / ("model.safetensors" if shards is None else "model-1.safetensors")
+    with safe_open(file, "np") as f:
+        last = list(f.offset_keys())[-1]
+    file.write_bytes(file.read_bytes()[:left])
+    named = re.escape(last) if left == -1 else r"model\."
+    refused(folder, re.escape(file.name), rf"cannot be read \({named}\S* goes .* and the file ends at")
+
+
+def test_a_file_that_goes_on_behind_its_last_tensor(folder):
+    file = write(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"x")
+    refused(folder, re.escape(file.name), "goes on behind its last tensor")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"\xff\xfe",
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [null, 4]}}',
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_of_something_else(folder, header):
+    file = write(folder) / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     refused(folder, re.escape(file.name), "cannot be read")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, bool])
+def test_numbers_that_are_no_weights(folder, dtype):
+    """Of a quantised checkpoint, whose scales would be left out."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = tensors_of(SMALL)
+    changed[name] = changed[name].astype(dtype)
+    refused(write(folder, tensors=changed), r"model\.safetensors", re.escape(name), "is of type [IB].*one of .*F16")
 
 
 def test_no_weights(folder):
@@ -351,7 +399,37 @@ def test_no_weights(folder):
 
 def test_a_shard_that_is_not_there(folder):
     (write(folder, shards=3) / "model-1.safetensors").unlink()
-    refused(folder, r"model\.safetensors\.index\.json names model-1\.safetensors")
+    refused(folder, r"model\.safetensors\.index\.json names model-1\.safetensors for model\.", "not there")
+
+
+@pytest.mark.parametrize("place", ["../model-1.safetensors", "/etc/passwd"])
+def test_a_shard_is_beside_its_index(folder, place):
+    index = write(folder, shards=2) / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-1.safetensors", place))
+    refused(folder, "not there")
+
+
+def test_a_tensor_that_is_not_in_the_shard_that_the_index_says(folder):
+    index = write(folder, shards=2) / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = {
+        "model-0.safetensors": "model-1.safetensors", "model-1.safetensors": "model-0.safetensors",
+    }[content["weight_map"]["model.norm.weight"]]  # fmt: skip
+    index.write_text(json.dumps(content))
+    refused(folder, r"model-\d\.safetensors: lacks the tensor model\.norm\.weight")
+
+
+def test_a_tensor_that_is_in_two_shards(folder):
+    write(folder, shards=2)
+    held = load_file(folder / "model-1.safetensors") | load_file(folder / "model-0.safetensors")
+    save_file(held, folder / "model-1.safetensors")
+    refused(folder, r"model-1\.safetensors: \S+ is in model-0\.safetensors as well")
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"])
+def test_an_index_that_is_none(folder, index):
+    (write(folder, shards=2) / "model.safetensors.index.json").write_text(index)
+    refused(folder, r"index\.json: (lacks weight_map|holds list|is not JSON)")
 
 
 # ---- writing
@@ -411,7 +489,6 @@ def test_a_dtype_survives(folder, model, dtype):
 
 @pytest.mark.parametrize("turned", ["transposed", "fortran", "strided", "jax"])
 def test_arrays_in_any_order_of_bytes_are_written_as_they_read(folder, model, turned):
-    """save_file of safetensors 0.8.0 writes the bytes as they lie, whatever the strides say."""
     params, config = model
     turn = {
         "transposed": lambda x: np.ascontiguousarray(x.T).T,
@@ -425,11 +502,11 @@ def test_arrays_in_any_order_of_bytes_are_written_as_they_read(folder, model, tu
 
 
 def test_a_tokenizer_is_put_beside_the_weights(folder, model):
-    class Tokenizer:
+    class Whole(Tokenizer):
         def save_pretrained(self, path):
             (pathlib.Path(path) / "tokenizer.json").write_text("{}")
 
-    save(folder, *model, Tokenizer())
+    save(folder, *model, Whole())
     assert sorted(contents(folder)) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
@@ -454,16 +531,20 @@ def test_a_folder_may_be_replaced_and_pass_on_what_is_to_be_kept(folder, model):
     assert (folder / "metrics.jsonl").read_text() == "mine" and not (folder / "old.txt").exists()
 
 
-def no_space(tensors, file, **kwargs):
-    pathlib.Path(file).write_bytes(b"half")
+def no_space(file):
+    file.write_bytes(b"half")
     raise OSError(28, "No space left on device")
 
 
-def swaps_two_bytes(tensors, file, **kwargs):
-    save_file(tensors, file, **kwargs)
-    data = bytearray(pathlib.Path(file).read_bytes())
+def swaps_two_bytes(file):
+    """Between the writing and the reading back."""
+    data = bytearray(file.read_bytes())
     data[-1], data[-9] = data[-9] ^ 1, data[-1]
-    pathlib.Path(file).write_bytes(data)
+    file.write_bytes(data)
+    return REAL_HEADER(file)
+
+
+REAL_HEADER = tensors.read_header
 
 
 @pytest.mark.parametrize(
@@ -477,7 +558,7 @@ def test_a_save_that_fails_leaves_what_was_there(folder, model, monkeypatch, fai
         save(folder, params, config)
     siblings = sorted(folder.parent.iterdir())
     before = contents(folder) if exists else None
-    monkeypatch.setattr(safetensors.numpy, "save_file", fails)
+    monkeypatch.setattr(tensors, "read_header", fails)
     with pytest.raises(OSError, match=message):
         save(folder, jax.tree.map(lambda x: x + 1, params), config, overwrite=True)
     assert sorted(folder.parent.iterdir()) == siblings
@@ -485,12 +566,12 @@ def test_a_save_that_fails_leaves_what_was_there(folder, model, monkeypatch, fai
 
 
 def test_a_tokenizer_that_fails_leaves_nothing(folder, model):
-    class Tokenizer:
+    class Broken(Tokenizer):
         def save_pretrained(self, path):
             raise OSError("no tokenizer")
 
     with pytest.raises(OSError, match="no tokenizer"):
-        save(folder, *model, Tokenizer())
+        save(folder, *model, Broken())
     assert not folder.exists() and [p.name for p in folder.parent.iterdir()] == ["downloaded"]
 
 
