@@ -5,7 +5,8 @@
     tensor   splits heads, hidden units and the vocabulary
 
 Parameters, gradients and the optimiser's moments share the last name on their paths, so one table serves a whole
-``TrainState``. Axis 0 of a layer's weight is the stack of layers and is not split.
+``TrainState``. Axis 0 of a layer's weight is the stack of layers and is not split. An adapter's arrays lie as their
+weight does, axis by axis.
 """
 
 import math
@@ -13,6 +14,8 @@ import math
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from pt_jax.models import lora, parameters
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
@@ -62,8 +65,7 @@ def by_name(tree, mesh, layout=None):
     layout = LAYOUT if layout is None else layout
 
     def one(path, leaf):
-        spec = layout.get(getattr(path[-1], "key", None), P()) if path else P()
-        spec = spec if leaf.ndim >= len(spec) else P()
+        spec = _spec(path, leaf, layout, mesh)
         for i, axis in enumerate(spec):
             if axis is not None and leaf.shape[i] % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -73,6 +75,27 @@ def by_name(tree, mesh, layout=None):
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _spec(path, leaf, layout, mesh):
+    """The row of a leaf; of a part of a record (``models.lora``, ``models.quantize``), made from the row of the weight.
+
+    Scales of quantised weights are small, and whole along an axis that does not divide.
+    """
+    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    known = [i for i, name in enumerate(names) if name in layout]
+    if not known:
+        return P()
+    spec, name, parts = layout[names[known[-1]]], names[known[-1]], names[known[-1] + 1 :]
+    parts = parts[1:] if parts[:1] == ["w"] else parts
+    if parts in (["a"], ["b"], ["m"]) and name in parameters.PRODUCTS:
+        spec = P(*lora.layout(parts[0], name, spec))
+    elif parts[:1] in (["scale"], ["absmax"]):
+        fits = lambda i, axis: axis is not None and leaf.shape[i] % mesh.shape[axis] == 0
+        spec = P(*(axis if fits(i, axis) else None for i, axis in enumerate(spec)))
+    elif parts not in ([], ["values"], ["packed"]):
+        return P()
+    return spec if leaf.ndim >= len(spec) else P()
 
 
 def rows(mesh):
