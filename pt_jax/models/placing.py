@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-CHUNK = 2**24  # bytes on their way to a device
+CHUNK = 2**21  # bytes on their way to a device
+
+
+def default_sharding():
+    """Of what nobody placed."""
+    return SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
 
 
 class Filling:
@@ -23,9 +28,7 @@ class Filling:
     """
 
     def __init__(self, shape, dtype, sharding=None):
-        if sharding is None:
-            device = jax.config.jax_default_device or jax.local_devices()[0]
-            sharding = SingleDeviceSharding(device)
+        sharding = default_sharding() if sharding is None else sharding
         self.shape, self.dtype, self.sharding = tuple(shape), np.dtype(dtype), sharding
         self.places = sharding.addressable_devices_indices_map(self.shape)
         share = sharding.shard_shape(self.shape)
