@@ -99,8 +99,7 @@ def open_model(folder) -> Model:
     """Reads a model folder with its tokenizer."""
     params, config = models.load(folder)
     tokenizer = tokenizers.load(folder)
-    if len(tokenizer) > config.vocab:
-        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab}")
+    models.vocabulary.check(tokenizer, config, folder)
     return Model(str(folder), params, config, tokenizer)
 
 
