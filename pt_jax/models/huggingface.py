@@ -15,14 +15,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pt_jax import folders
-from pt_jax.models import families, parameters, vocabulary
+from pt_jax.models import families, linear, parameters, vocabulary
 from pt_jax.models.config import Config
 from pt_jax.models.fields import Fields, activation, rope, rope_fields
-from pt_jax.models.placing import Filling
+from pt_jax.models.placing import Filling, default_sharding
+from pt_jax.models.quantize import QuantizedFilling
+from pt_jax.models.quantize import quantize as quantize_tree
 from pt_jax.models.tensors import Made, Tensors, read_json, write
 
 
-def load(path, *, dtype=jnp.float32, place=None):
+def load(path, *, dtype=jnp.float32, place=None, quantize=None):
     """Reads a model folder, tensor by tensor, each straight to where it will live.
 
     Beside what is placed, no more than the largest tensor is in the host's memory.
@@ -33,6 +35,8 @@ def load(path, *, dtype=jnp.float32, place=None):
       dtype: of the parameters; float32 keeps master weights whatever the file holds. Routers are float32 always.
       place: shapes of the parameters -> their shardings, such as ``partial(training.sharding.by_name, mesh=mesh)``;
         None: the default device.
+      quantize: ``models.quantize.int8``, ``nf4`` or ``nf4_double``: the products of the layers become such records
+        one tensor after the other, so that the model is never there in full. None: arrays.
 
     Returns:
       params, config.
@@ -46,9 +50,7 @@ def load(path, *, dtype=jnp.float32, place=None):
     family, shapes = families.FAMILIES[config.family], flatten_dict(parameters.shapes(config))
     if config.tied:
         _check_tied(folder, tensors, family)
-    types = {leaf: parameters.type_of(leaf[-1], dtype) for leaf in shapes}
-    shardings = _shardings(shapes, types, place)
-    out = {leaf: Filling(shape, types[leaf], shardings[leaf]) for leaf, shape in shapes.items()}
+    out = _fillings(shapes, dtype, place, quantize)
     for leaf, shape in shapes.items():
         if leaf[0] != "layers":
             out[leaf].put(tensors.take(family.whole[leaf[0]], _whole_on_disk(leaf[0], shape)).reshape(shape))
@@ -290,16 +292,30 @@ def _of_layer(stacks, part):
     return _joined(part.tensor, [np.asarray(stack[part.at]) for stack in stacks])
 
 
-def _shardings(shapes, types, place):
-    if place is None:
-        return dict.fromkeys(shapes)
+def _fillings(shapes, dtype, place, how):
+    types = {leaf: parameters.type_of(leaf[-1], dtype) for leaf in shapes}
     tree = unflatten_dict({leaf: jax.ShapeDtypeStruct(shape, types[leaf]) for leaf, shape in shapes.items()})
-    return flatten_dict(place(tree))
+    if how is not None:
+        tree = jax.eval_shape(partial(quantize_tree, how=how), tree)
+    place = partial(jax.tree.map, lambda _: default_sharding()) if place is None else place
+    forms, shardings = flatten_dict(tree), flatten_dict(place(tree))
+    return {
+        leaf: QuantizedFilling(leaf[-1], form, shardings[leaf], how)
+        if isinstance(form, linear.Weight)
+        else Filling(form.shape, form.dtype, shardings[leaf])
+        for leaf, form in forms.items()
+    }
 
 
 def _check_tree(params, config):
     """A folder whose config.json does not speak of its weights looks like a good one until it is read."""
     given, expected = flatten_dict(params, sep="/"), flatten_dict(parameters.shapes(config), sep="/")
+    for name, w in given.items():
+        if isinstance(w, linear.Weight):
+            raise ValueError(
+                f"params[{name!r}] is {type(w).__name__}, a folder holds plain weights: save the adapters alone, or "
+                "quantize.dequantize and lora.fold first"
+            )
     for name in sorted(expected.keys() ^ given.keys()):
         who = "the config has none" if name in given else "the config asks for it"
         raise ValueError(f"params {'has' if name in given else 'lacks'} {name}, but {who}")
@@ -308,17 +324,17 @@ def _check_tree(params, config):
             raise ValueError(f"params[{name!r}] has shape {given[name].shape}, the config asks for {shape}")
 
 
-def local(path) -> pathlib.Path:
-    """The folder itself, or the one that a name on the hub is downloaded to."""
+def local(path, *, download=True) -> pathlib.Path:
+    """The folder itself, or the one that a name on the hub is downloaded to (or was, without ``download``)."""
     folder = pathlib.Path(path)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return pathlib.Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
-        )
+        kept = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+        return pathlib.Path(snapshot_download(str(path), allow_patterns=kept, local_files_only=not download))
     except Exception as e:  # of the network, the hub and its cache: a dozen kinds
         why = f"{type(e).__name__}: {e}".split("\n")[0]
-        raise ValueError(f"{path}: no such folder, and not to be had from the hub ({why})") from e
+        where = "from the hub" if download else "from the cache of the hub; models.load downloads it"
+        raise ValueError(f"{path}: no such folder, and not to be had {where} ({why})") from e

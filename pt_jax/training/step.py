@@ -37,7 +37,14 @@ def init_state(params, optimizer, key) -> TrainState:
       params: the tree to train.
       optimizer: any optax transformation.
       key: PRNG key of the run.
+
+    Raises:
+      ValueError: a leaf is not of a float type, such as a quantised weight.
     """
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"params.{name} is {x.dtype}, which no gradient reaches; train adapters and freeze this")
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.copy(key))
 
