@@ -94,6 +94,12 @@ def _optional_window(fields):
     return windows(fields, lambda i: bool(fields.get("use_sliding_window")) and i >= first)
 
 
+def _mistral_fields(config):
+    """transformers takes a file that has layer_types for one of Ministral, whose layers differ."""
+    fields = window_fields(config)
+    return fields if len(set(config.windows)) > 1 else {"sliding_window": fields["sliding_window"]}
+
+
 def _optional_window_fields(config):
     return window_fields(config) | {"use_sliding_window": any(config.windows)}
 
@@ -261,7 +267,7 @@ FAMILIES = {
     "mistral": Family(
         "MistralForCausalLM",
         lambda fields: {"windows": windows(fields, lambda i: fields.get("sliding_window") is not None)},
-        window_fields,
+        _mistral_fields,
         defaults={"sliding_window": 4096},
         classifier="MistralForSequenceClassification",
     ),
