@@ -175,7 +175,8 @@ class Execution:
 
     Args:
       attention: "plain": written out, with the scores [B, h, T, S] in memory; "cudnn": the flash attention of NVIDIA's
-        library, for 16-bit types; "auto": the best that the device and the model allow.
+        library, for 16-bit types; "splash": Pallas's for TPUs, elsewhere interpreted and slow; "auto": the best that
+        the device, the model and the rows allow. What each computes and costs is in ``attention``.
       remat: what of the forward pass is kept for the backward pass: "none": all of it; "layer": each layer's input,
         and the layer is computed again; "dots": results of matrix products without batch axes, and the rest is
         computed again.
@@ -187,7 +188,7 @@ class Execution:
     ValueError: remat is 'all'; known are 'none', 'layer', 'dots'
     """
 
-    attention: Literal["auto", "plain", "cudnn"] = "auto"
+    attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
     remat: Literal["none", "layer", "dots"] = "none"
     dtype: str | None = None
 
