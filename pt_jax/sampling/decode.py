@@ -1,6 +1,11 @@
-"""Autoregressive sampling as one jitted program: prefill each prompt once, then one ``lax.scan`` over new tokens."""
+"""Autoregressive sampling as one jitted program: each prompt is read once, then tokens are drawn until all rows end.
+
+The loop is a ``lax.scan`` of a few steps inside a ``lax.while_loop`` that ends with the last row. The cache grows with
+the texts, from one room to the next: a token attends to what is there, not to what might come.
+"""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,9 @@ from flax import struct
 
 from pt_jax import checks
 from pt_jax.sampling.distribution import Sampling, draw, transform
+
+CHUNK = 16  # steps between two looks at whether any row goes on
+GROWTH = 1.5  # of the cache, from room to room
 
 
 @struct.dataclass
@@ -19,16 +27,56 @@ class Completions:
       tokens: [B, N] int32; after a row's end ``pad``.
       logps: [B, N] float32, of each token in the distribution that it was drawn from, in nats; 0 after the end.
       alive: [B, N] bool, True up to and with the end token: these tokens were sampled, the others only fill.
+      ended: [B] bool, whether an end token ended the row; else its limit did.
+      entropies: [B, N] float32, of the distributions that were drawn from, in nats; None unless asked for.
+      kept: leaves of the cache by name, those of ``keep``.
     """
 
     tokens: jax.Array
     logps: jax.Array
     alive: jax.Array
+    ended: jax.Array | None = None
+    entropies: jax.Array | None = None
+    kept: dict[str, jax.Array] = struct.field(default_factory=dict)
+
+
+class _Program(NamedTuple):
+    """What is fixed when the program is compiled."""
+
+    apply: Any
+    init_cache: Any
+    length: int
+    group: int
+    entropies: bool
+    keep: tuple[str, ...]
+
+
+class _Given(NamedTuple):
+    """What may change from call to call without compiling anew; ids [P], limits and forced [N, B] of the rows."""
+
+    key: jax.Array
+    ids: jax.Array
+    how: Sampling
+    ends: jax.Array
+    pad: jax.Array
+    limits: jax.Array
+    forced: jax.Array
+
+
+class _State(NamedTuple):
+    """Between two steps. Token ``done - 1`` of every row is drawn, and not yet read."""
+
+    cache: Any
+    out: dict[str, jax.Array]  # [N, B] each
+    token: jax.Array
+    alive: jax.Array
+    done: jax.Array
 
 
 def sample(
-    params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None
-) -> Completions:
+    params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
+    limits=None, forced=None, entropies=False, keep=(),
+) -> Completions:  # fmt: skip
     """Samples ``group`` completions of each prompt.
 
     The token at position n of sample j of prompt p is drawn with the key fold_in(fold_in(fold_in(key, p), j), n):
@@ -40,13 +88,19 @@ def sample(
       seen: [P, T] bool, True for the prompt's tokens.
       key: PRNG key; it is consumed.
       apply: ``(params, tokens, seen, cache) -> (logits, cache)``, such as ``partial(models.apply, config)``.
-      init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``.
+      init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``. An axis that grows with
+        ``length`` holds one slot a token, filled from the front.
       length: N, the most tokens to sample.
       end_tokens: ids that end a completion; the end token belongs to it.
       pad_token: id to fill up with; it may be an end token.
       group: G, completions a prompt. The prompt is read once for all of them.
-      how: the sampled distribution; a ``Sampling()`` at temperature 1 when None.
+      how: the sampled distribution; a ``Sampling()`` at temperature 1 when None. Its numbers may be [P * G], one a row.
       prompt_ids: [P] int32 that address the random numbers; 0 to P - 1 when None.
+      limits: [P * G] int32, the most tokens of each row, from 1 to N; N when None.
+      forced: [P * G, N] int32, tokens to take instead of drawing them, -1 where one is to be drawn. With the tokens of
+        a former call this is its replay, with the same log-probabilities to the last bit: it is the same program.
+      entropies: whether to return them.
+      keep: names of leaves of the cache to return, such as "routes".
 
     Returns:
       ``Completions`` of P * G rows, sample j of prompt p in row p * G + j.
@@ -59,48 +113,148 @@ def sample(
         checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
     checks.positive("length", length)
     checks.positive("group", group)
-    if not isinstance(seen, jax.core.Tracer):
-        given = np.asarray(seen)  # of jnp, these would be staged when sample is jitted around them
-        if given.shape[1] == 0:
-            raise ValueError("prompts has no column: each prompt must have a token at least")
-        bad = np.flatnonzero(~(given[:, -1] & (given[:, 1:] >= given[:, :-1]).all(-1)))
-        if bad.size:
-            raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its last column must be seen, and no gap")
-    how = (Sampling() if how is None else how).check()
+    _check_prompts(seen)
+    rows = size["P"] * group
+    how = (Sampling() if how is None else how).check().of_rows(rows)
+    limits = jnp.full(rows, length, jnp.int32) if limits is None else _checked_limits(limits, rows, length)
+    forced = jnp.full((length, rows), -1, jnp.int32) if forced is None else _checked_forced(forced, rows, length)
     ids = jnp.arange(size["P"]) if prompt_ids is None else jnp.asarray(prompt_ids)
     ends = jnp.asarray(tuple(end_tokens), jnp.int32)
-    return _sample(
-        params, prompts, seen, key, ids, how, ends, pad_token,
-        apply=apply, init_cache=init_cache, length=length, group=group,
-    )  # fmt: skip
+    program = _Program(apply, init_cache, length, group, entropies, tuple(keep))
+    given = _Given(key, ids, how, ends, jnp.asarray(pad_token, jnp.int32), limits, forced)
+    return _sample(program, params, prompts, seen, given)
 
 
-@partial(jax.jit, static_argnames=("apply", "init_cache", "length", "group"))
-def _sample(params, prompts, seen, key, ids, how, ends, pad, *, apply, init_cache, length, group):
+def _check_prompts(seen):
+    if isinstance(seen, jax.core.Tracer):
+        return
+    given = np.asarray(seen)  # of jnp, these would be staged when sample is jitted around them
+    if given.shape[1] == 0:
+        raise ValueError("prompts has no column: each prompt must have a token at least")
+    bad = np.flatnonzero(~(given[:, -1] & (given[:, 1:] >= given[:, :-1]).all(-1)))
+    if bad.size:
+        raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its last column must be seen, and no gap")
+
+
+def _checked_limits(limits, rows, length):
+    if jnp.shape(limits) != (rows,):
+        raise ValueError(f"limits has shape {jnp.shape(limits)}, expected [{rows}], one a row")
+    if (
+        not isinstance(limits, jax.core.Tracer)
+        and not ((np.asarray(limits) >= 1) & (np.asarray(limits) <= length)).all()
+    ):
+        raise ValueError(f"limits must be from 1 to length={length}, got {np.asarray(limits).tolist()}")
+    return jnp.asarray(limits, jnp.int32)
+
+
+def _checked_forced(forced, rows, length):
+    if jnp.shape(forced) != (rows, length):
+        raise ValueError(f"forced has shape {jnp.shape(forced)}, expected [{rows}, {length}], a token or -1 each")
+    return jnp.asarray(forced, jnp.int32).T
+
+
+@partial(jax.jit, static_argnums=0)
+def _sample(program, params, prompts, seen, given) -> Completions:
+    T, steps = prompts.shape[1], program.length - 1
+    chunk = _chunk(steps)
+    whole = T + chunk * -(-steps // max(chunk, 1))
+    sized = partial(_sized, program.init_cache, whole=whole)
+    state, keys = _begun(program, params, prompts, seen, given, sized)
+    step = partial(_step, program, params, given, keys)
+    for room in _rooms(T, whole, chunk):
+        state = state._replace(cache=jax.tree.map(_fitted, state.cache, sized(len(state.token), room)))
+        state = jax.lax.while_loop(
+            lambda state, room=room: _going(state, given).any() & (state.done <= room - T),
+            lambda state: jax.lax.scan(lambda state, _: (step(state), None), state, length=chunk)[0],
+            state,
+        )
+    out = {name: x[: program.length].T for name, x in state.out.items()}
+    ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
+    as_asked = partial(program.init_cache, len(ended), T + program.length)
+    kept = {name: _fitted(state.cache[name], as_asked()[name]) for name in program.keep}
+    return Completions(**out, ended=ended, kept=kept)
+
+
+def _begun(program, params, prompts, seen, given, sized):
+    """The state after the first token of every row, and the rows' keys."""
     P, T = prompts.shape
-    logits, cache = apply(params, prompts, seen, init_cache(P, T + length))
-    # Before the rows are repeated: it is less work, and an argmax over 17 to 24 columns, fused with a repeat to a
-    # multiple of 8 rows, is a program that XLA (jaxlib 0.10.2, CPU) never finishes compiling.
-    first = jnp.repeat(transform(logits[:, -1], how), group, 0)
-    cache = _repeat_rows(cache, partial(init_cache, length=T + length), group)
-    of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    of_row = jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(group)))(of_prompt)
-    of_row = of_row.reshape(-1)
+    logits, cache = program.apply(params, prompts, seen, sized(P, T))
+    cache = _repeat_rows(cache, lambda rows: sized(rows, T), program.group)
+    of_prompt = jax.vmap(lambda i: jax.random.fold_in(given.key, i))(given.ids)
+    of_row = jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(program.group)))(of_prompt)
+    keys = of_row.reshape(-1)
+    # An argmax over 17 to 24 columns, fused with a repeat to a multiple of 8 rows, is a program that XLA (jaxlib
+    # 0.10.2, CPU) never finishes compiling.
+    logits = jax.lax.optimization_barrier(jnp.repeat(logits[:, -1], program.group, 0))
+    rows = len(keys)
+    # scans write whole chunks, so there may be room for more steps than are asked for
+    steps = program.length + CHUNK
+    out = {"tokens": jnp.broadcast_to(given.pad, (steps, rows)), "logps": jnp.zeros((steps, rows))}
+    out |= {"alive": jnp.zeros((steps, rows), bool)}
+    out |= {"entropies": jnp.zeros((steps, rows))} if program.entropies else {}
+    state = _State(cache, out, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.int32(0))
+    return _drawn(state, logits, given, keys), keys
 
-    def emit(n, logits, alive):
-        token = draw(jax.vmap(lambda k: jax.random.fold_in(k, n))(of_row), logits)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
-        return Completions(jnp.where(alive, token, pad), jnp.where(alive, logp, 0), alive)
 
-    def step(carry, n):
-        cache, last = carry
-        logits, cache = apply(params, last.tokens[:, None], last.alive[:, None], cache)
-        out = emit(n, transform(logits[:, 0], how), last.alive & ~jnp.isin(last.tokens, ends))
-        return (cache, out), out
+def _step(program, params, given, keys, state):
+    """Reads the last token of every row and draws the next."""
+    logits, cache = program.apply(params, state.token[:, None], state.alive[:, None], state.cache)
+    return _drawn(state._replace(cache=cache, alive=_going(state, given)), logits[:, 0], given, keys)
 
-    first = emit(0, first, jnp.ones(P * group, bool))
-    _, rest = jax.lax.scan(step, (cache, first), jnp.arange(1, length))
-    return jax.tree.map(lambda x, xs: jnp.concatenate([x[:, None], xs.T], 1), first, rest)
+
+def _going(state, given):
+    """The rows that have not come to their end."""
+    return state.alive & ~jnp.isin(state.token, given.ends) & (state.done < given.limits)
+
+
+def _drawn(state, logits, given, keys):
+    """The state with one more token, of those rows that are alive."""
+    n, alive = state.done, state.alive
+    logits = transform(logits, given.how, n)
+    wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
+    token = draw(jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), logits)
+    token = jnp.where(wanted >= 0, wanted, token)
+    logps = jax.nn.log_softmax(logits)
+    now = {"tokens": jnp.where(alive, token, given.pad), "alive": alive}
+    now["logps"] = jnp.where(alive, jnp.take_along_axis(logps, token[:, None], 1)[:, 0], 0)
+    if "entropies" in state.out:
+        entropy = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0, logps), -1)
+        now["entropies"] = jnp.where(alive, entropy, 0)
+    write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
+    return state._replace(out={name: write(name) for name in state.out}, token=now["tokens"], done=n + 1)
+
+
+# ---- the cache
+
+
+def _chunk(steps: int) -> int:
+    """How many steps to scan at a time: about ``CHUNK``, and such that few are wasted in the last."""
+    return min(range(min(steps, CHUNK), min(steps, CHUNK) // 2, -1), key=lambda c: -steps % c, default=steps)
+
+
+def _rooms(prompt: int, whole: int, chunk: int) -> list[int]:
+    """Lengths of the cache, one after the other; the steps between two are a multiple of the chunk."""
+    rooms, room = [], prompt
+    while room < whole:
+        more = max(int(room * (GROWTH - 1)), 64)
+        room = min(room + chunk * -(-more // chunk), whole)
+        rooms.append(room)
+    if len(rooms) > 1 and rooms[-1] - rooms[-2] < 64:  # not worth a program of its own
+        rooms.pop(-2)
+    return rooms
+
+
+def _sized(init_cache, rows, length, *, whole):
+    """The cache of ``whole`` tokens with room for ``length`` so far."""
+    small = jax.eval_shape(partial(init_cache, rows, length))
+    return jax.tree.map(lambda x, y: x if x.size == 0 else jax.lax.slice(x, [0] * x.ndim, y.shape),
+                        init_cache(rows, whole), small)  # fmt: skip
+
+
+def _fitted(x, into):
+    """An array in front of a larger one, or the front of it."""
+    x = jax.lax.slice(x, [0] * x.ndim, [min(sizes) for sizes in zip(x.shape, into.shape)])
+    return x if x.shape == into.shape else jax.lax.dynamic_update_slice(into, x, [0] * x.ndim)
 
 
 def _repeat_rows(cache, init_cache, group):
