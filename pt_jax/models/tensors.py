@@ -93,8 +93,7 @@ class Tensors:
 
     def take(self, name, shape):
         """A tensor as a numpy array, which must have this shape."""
-        entry = self.check(name, shape)
-        return _numbers(entry, entry.begin, entry.end).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return numbers(self.check(name, shape))
 
     def same(self, one, other) -> bool:
         """Whether two tensors hold the same bytes, compared piece by piece."""
@@ -147,6 +146,11 @@ def read_header(file) -> dict[str, Entry]:
     if max((entry.end for entry in entries.values()), default=first) != size:
         raise bad("it goes on behind its last tensor")
     return entries
+
+
+def numbers(entry: Entry) -> np.ndarray:
+    """A tensor's numbers."""
+    return _numbers(entry, entry.begin, entry.end).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _numbers(entry, begin, end):
