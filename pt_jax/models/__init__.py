@@ -1,6 +1,6 @@
 """Decoder language models as functions over a dict of arrays, and their Hugging Face folders."""
 
-from pt_jax.models import heads, vocabulary
+from pt_jax.models import heads, lora, peft, quantize, vocabulary
 from pt_jax.models.cache import init_cache
 from pt_jax.models.config import Config, Execution
 from pt_jax.models.decoder import apply, bind, forward
@@ -17,6 +17,9 @@ __all__ = [
     "init",
     "init_cache",
     "load",
+    "lora",
+    "peft",
+    "quantize",
     "save",
     "vocabulary",
 ]
