@@ -109,12 +109,12 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     Args:
       config, params, tokens, seen, cache, how: as ``apply``.
       routes: [M, B, T, K] int32, which experts to use instead of those that the routers would choose, such as the
-        sampler's (``cache["routes"]``), so that the trainer computes what the sampler computed; or None.
+        sampler's (``cache["routes"]``), so that the trainer computes what the sampler computed; -1, or None: their own.
 
     Raises:
       ValueError: the shapes disagree, or texts are packed and cached at once.
     """
-    _check(tokens, seen, cache, routes)
+    _check(config, tokens, seen, cache, routes)
     dtype = how.dtype or jax.eval_shape(linear.take, params["embed"], tokens).dtype
     name = attention.kernel(config, how.attention, dtype=jnp.dtype(dtype), seen=seen, cached=cache is not None)
     whole = name != "plain" and cache is None and (seen.dtype == bool or name == "splash")
@@ -128,11 +128,12 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     return Output(visibility.arranged(out.hidden, back), None, routing)
 
 
-def _check(tokens, seen, cache, routes):
+def _check(config, tokens, seen, cache, routes):
     visibility.check(seen)
     checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T" if seen.ndim != 3 else "B T two"))
     if routes is not None:
         checks.shapes(tokens=(tokens, "B T"), routes=(routes, "M B T K"))
+        experts.check_routes(config, routes)
     if cache is not None and seen.dtype != bool:
         raise ValueError("seen numbers the texts of packed rows, which have no cache; give a bool, one text a row")
 

@@ -46,6 +46,18 @@ def _permuted_backward(inverse, g):
 _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
+def check_routes(config: Config, routes) -> None:
+    """Fails unless routes [M, B, T, K] are of a model with such experts."""
+    layers, per_token = sum(config.has_experts), config.experts_per_token
+    if not layers:
+        raise ValueError("routes are given, but this model has no experts")
+    if routes.shape[0] != layers or routes.shape[3] != per_token:
+        raise ValueError(
+            f"routes has shape {routes.shape}, expected [M, B, T, K] with M={layers} layers that have experts and "
+            f"K={per_token} experts a token"
+        )
+
+
 def route(config: Config, w, h, choices=None):
     """The experts of each token and their weights.
 
@@ -53,17 +65,18 @@ def route(config: Config, w, h, choices=None):
       config: the model.
       w: weights of a layer.
       h: [N, d].
-      choices: [N, K] int32 to use instead of the router's own, such as those of the sampler; None: its own.
+      choices: [N, K] int32 to use instead of the router's own, such as those of the sampler; -1, or None: its own.
 
     Returns:
       choices [N, K], weights [N, K] float32, logits [N, E] float32.
     """
-    logits = linear.einsum("nd,de->ne", h.astype(jnp.float32), w["router"])
+    with jax.default_matmul_precision("highest"):  # TPUs and GPUs would round the factors first
+        logits = linear.einsum("nd,de->ne", h.astype(jnp.float32), w["router"])
     p = jax.nn.softmax(logits)
-    if choices is None:
-        preference = p + w["router_bias"].astype(jnp.float32)[None] if config.router_bias else p
-        choices = jax.lax.top_k(jax.lax.stop_gradient(preference), config.experts_per_token)[1]
-    chosen = jnp.einsum("ne,nke->nk", p, jax.nn.one_hot(choices, config.experts))
+    preference = p + w["router_bias"].astype(jnp.float32)[None] if config.router_bias else p
+    own = jax.lax.top_k(jax.lax.stop_gradient(preference), config.experts_per_token)[1]
+    choices = own if choices is None else jnp.where(choices < 0, own, choices)
+    chosen = jnp.sum(p[:, None] * jax.nn.one_hot(choices, config.experts), -1)
     if config.norm_experts:
         chosen = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), config.expert_floor)
     return choices, chosen, logits
@@ -87,10 +100,10 @@ def mixture(config: Config, w, h, activation, choices=None):
     expert = choices.reshape(-1)
     order = jnp.argsort(expert, stable=True)  # row i of the sorted ones is token order[i] // K
     inverse = jnp.argsort(order)
-    sizes = jnp.bincount(expert, length=config.experts).astype(jnp.int32)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(config.experts)[None], 0, dtype=jnp.int32)
     rows = jnp.broadcast_to(h[:, None], (h.shape[0], K, h.shape[1])).reshape(-1, h.shape[1])
     rows = _permuted(rows, order, inverse)
     gate, up = (linear.grouped(rows, w[name], sizes) for name in ("expert_gate", "expert_up"))
     out = linear.grouped(activation(gate) * up, w["expert_down"], sizes)
     out = _permuted(out, inverse, order).reshape(h.shape[0], K, -1)
-    return jnp.einsum("nk,nkd->nd", share.astype(out.dtype), out), choices, logits
+    return jnp.sum(share.astype(out.dtype)[:, :, None] * out, 1), choices, logits

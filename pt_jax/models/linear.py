@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pt_jax.models import blocks
+
 
 class Sides(NamedTuple):
     """Letters of a product's equation.
@@ -94,7 +96,11 @@ def grouped(x, w, sizes):
     Returns:
       [N, o] in the type of x.
     """
-    return w.grouped(x, sizes) if isinstance(w, Weight) else jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+    if isinstance(w, Weight):
+        return w.grouped(x, sizes)
+    # of tens of experts, ten times as fast on a CPU; elsewhere ragged_dot is a kernel
+    product = blocks.grouped if jax.default_backend() == "cpu" else jax.lax.ragged_dot
+    return product(x, w.astype(x.dtype), sizes)
 
 
 def take(w, rows):

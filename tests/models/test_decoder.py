@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import LENGTHS, VOCAB, T, equations, jit, padded, rows, weights
 
 from pt_jax.models import decoder, parameters
 from pt_jax.models.cache import init_cache
@@ -14,46 +15,14 @@ from pt_jax.models.config import Config
 
 # Odd on purpose: heads * head_width is not the width, eps and base are far from every default
 QWEN = Config(
-    vocab=29, layers=3, width=20, heads=6, kv_heads=2, head_width=4, hidden=18, rope_base=5e5, eps=1e-2, tied=False
+    vocab=VOCAB, layers=3, width=20, heads=6, kv_heads=2, head_width=4, hidden=18, rope_base=5e5, eps=1e-2, tied=False
 )
 ONE_KV_HEAD = dataclasses.replace(QWEN, layers=2, heads=3, kv_heads=1, head_width=10, tied=True)
 LLAMA = dataclasses.replace(QWEN, layers=2, heads=3, kv_heads=3, rope_base=10_000.0, qk_norm=False)
 CONFIGS = pytest.mark.parametrize("config", [QWEN, ONE_KV_HEAD, LLAMA], ids=["qwen3", "one_kv_head", "llama"])
 
-LENGTHS = (12, 7, 1, 4)
-T = max(LENGTHS)
-
-
-@functools.cache
-def weights(config, seed=0):
-    """Far from the initial ones: with norms of 1 and deviations of 0.02 most mistakes stay below any tolerance."""
-    rng = np.random.default_rng(seed)
-
-    def fresh(path, x):
-        noise = rng.normal(size=x.shape)
-        return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else 0.25 * noise, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: parameters.init(config, jax.random.key(0))))
-
-
-# One program a config and shape, for all tests. They compile longer than they run: half as long like this.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: decoder.apply(config, *a)[0], static_argnums=0)
 append = jit(decoder.apply, static_argnums=0)
-
-
-def rows(seed=1):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, QWEN.vocab, n).astype(np.int32) for n in LENGTHS]
-
-
-def padded(rows, before, fill=0):
-    """Every row with ``before`` of its padding on the left, the rest on the right: tokens, seen, first columns."""
-    tokens, seen = np.full((len(rows), T), fill, np.int32), np.zeros((len(rows), T), bool)
-    starts = [before(T - len(row)) for row in rows]
-    for i, (row, start) in enumerate(zip(rows, starts)):
-        tokens[i, start : start + len(row)], seen[i, start : start + len(row)] = row, True
-    return tokens, seen, starts
 
 
 SIDES = {"left": lambda n: n, "right": lambda n: 0, "both": lambda n: n // 2}
@@ -189,16 +158,6 @@ def test_without_a_cache_there_is_none_to_return():
 
 
 # ---- the program
-
-
-def equations(jaxpr):
-    """Every equation, those of inner programs too."""
-    for e in jaxpr.eqns:
-        yield e
-        for inner in jax.tree.leaves(list(e.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def programs(config, dtype=jnp.float32):

@@ -21,7 +21,7 @@ from model_cases import CASES
 from safetensors.numpy import load_file, save_file
 
 from pt_jax import models
-from pt_jax.models import apply, bind, load, save
+from pt_jax.models import apply, bind, load, routing, save
 from pt_jax.sampling import Sampling, sample
 
 torch = pytest.importorskip("torch")
@@ -158,6 +158,21 @@ def test_no_choice_of_experts_hangs_on_rounding(case, tmp_path):
         prefer = -np.sort(-prefer, -1)
         k = config.experts_per_token
         assert k == config.experts or (prefer[..., k - 1] - prefer[..., k]).min() > 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in FIRST.values() if "experts" in str(CASES[case][1])])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_loss_of_unbalanced_routers(case, masked, tmp_path):
+    model, params, config = saved_and_read(make(case), tmp_path / "model")
+    tokens, seen = batch(left=False) if masked else batch(left=False, lengths=(9, 9, 9))
+    with torch.no_grad():
+        given, mask = (torch.from_numpy(x).long() for x in (tokens, seen))
+        expected = model(given, attention_mask=mask, output_router_logits=True).aux_loss.item()
+        if not masked:
+            assert model(given, output_router_logits=True).aux_loss.item() == pytest.approx(expected, rel=1e-6)
+    logits = routed(config, params, tokens, seen)
+    got = routing.load_balancing(logits, seen, per_token=config.experts_per_token)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @ONE_EACH
