@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
-    from pt_jax.commands import dpo, grpo, quickstart, sft, talk
+    from pt_jax.commands import dpo, grpo, inspect, quickstart, sft, talk
 
     commands = {
         "quickstart": (quickstart.Quickstart, quickstart.run),
@@ -33,6 +33,7 @@ def main(argv=None) -> int:
         "grpo": (grpo.GRPO, trained(grpo.run)),
         "generate": (talk.Generate, generated(talk.generate)),
         "chat": (talk.Chat, talk.chat),
+        "inspect": (inspect.Inspect, inspect.run),
     }
     named = (Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in commands.items())
     either = tyro.conf.OmitSubcommandPrefixes[functools.reduce(operator.or_, named)]

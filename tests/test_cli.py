@@ -45,7 +45,7 @@ def model(tmp_path):
 def test_help_lists_the_commands():
     done = run("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("quickstart", "sft", "dpo", "grpo", "generate", "chat"))
+    assert all(name in done.stdout for name in ("quickstart", "sft", "dpo", "grpo", "generate", "chat", "inspect"))
 
 
 def test_an_unknown_option_and_a_wrong_type_exit_with_2():
