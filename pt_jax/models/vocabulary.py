@@ -21,7 +21,7 @@ def resize(params, config: Config, vocab: int, key=None, *, multiple_of: int = 1
     So a new id's logit is the mean of the old ones, and its probability at most 1 / (old ids + new ids): a model of
     V ids that is given N more loses at most log((V + N) / V) nats a token. Rows near 0 instead can have nearly all of
     the probability, where the old logits are below 0 (Hewitt 2021,
-    https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Logits of old ids stay as they were.
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Logits of old ids stay as they were, to rounding.
 
     Ids that are there only for ``multiple_of`` are ids like all others: they are not taken out of softmax or sampling.
 
