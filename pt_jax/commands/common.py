@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from pt_jax import checks, folders, models
-from pt_jax.commands import runs
+from pt_jax.commands import adapters, runs
 from pt_jax.data import batches, rows, tokenizers
+from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
 from pt_jax.training import init_state, loop, make_train_step, optimizers, sharding
 
@@ -21,7 +22,8 @@ class Training:
     """Options of every training command.
 
     Args:
-      model: folder of the model to start from: config.json, model.safetensors and tokenizer files.
+      model: folder of the model to start from: config.json, model.safetensors and tokenizer files; or a PEFT folder,
+        whose adapter is folded into its base.
       data: .jsonl or .parquet file of rows.
       out: folder for the trained model and its metrics; until the model is there, OUT.unfinished has the metrics.
       epochs: passes over the data.
@@ -36,6 +38,14 @@ class Training:
       tensor: devices that heads, hidden units and the vocabulary are split over.
       log_every: steps between two looks at the metrics; every step is logged.
       overwrite: replace the folder at --out, if it holds a model.
+      lora_rank: train adapters of this rank beside the model's own weights, which stay as they are, and write a PEFT
+        folder; all weights are trained when not given.
+      lora_alpha: the adapters' scale is alpha / rank; 32 when not given.
+      lora_targets: products that get adapters, as patterns: wq, w[qv], down, expert_*. When not given, all of attention
+        and of feed-forward networks, but not of experts.
+      dora: train the norms of the adapted weights apart (DoRA).
+      rslora: scale by alpha / sqrt(rank) instead (rsLoRA).
+      fold: write full weights with the adapters folded in, instead of a PEFT folder.
     """
 
     model: str
@@ -53,6 +63,12 @@ class Training:
     tensor: int = 1
     log_every: int = 10
     overwrite: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    dora: bool = False
+    rslora: bool = False
+    fold: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +112,9 @@ class Model:
 
 
 def open_model(folder) -> Model:
-    """Reads a model folder with its tokenizer."""
-    params, config = models.load(folder)
-    tokenizer = tokenizers.load(folder)
+    """Reads a model folder with its tokenizer; of a PEFT folder, its base with the adapter folded in."""
+    params, config, at = adapters.read(folder)
+    tokenizer = tokenizers.load(at)
     models.vocabulary.check(tokenizer, config, folder)
     return Model(str(folder), params, config, tokenizer)
 
@@ -132,7 +148,7 @@ def check_options(options: Training, kinds, **inputs) -> list[dict]:
       kinds: of rows that it can use.
       **inputs: more files that it reads, option to path.
     """
-    counts = ("steps", "microbatches", "fsdp", "tensor", "log_every", "batch_size")
+    counts = ("steps", "microbatches", "fsdp", "tensor", "log_every", "batch_size", "lora_rank", "lora_alpha")
     check_numbers(
         options, above_0=("epochs", "learning_rate", *counts), at_least_0=("weight_decay",), warmup=(0.0, 1.0),
         seed=(0, SEEDS),
@@ -140,14 +156,18 @@ def check_options(options: Training, kinds, **inputs) -> list[dict]:
     checks.positive("--clip", options.clip)  # infinity does not clip
     if options.batch_size % options.microbatches:
         raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
-    inputs = {"--model": options.model, "--data": options.data} | inputs
+    inputs = adapters.inputs(options) | {"--data": options.data} | inputs
     runs.check_out(options.out, overwrite=options.overwrite, **inputs)
-    models.huggingface.read_config(options.model)
+    adapters.check(options)
     return rows.read(options.data, kinds=kinds)
 
 
 class Fit:
-    """The part of a training command that all share: optimiser, placement, steps, and the folder at the end."""
+    """The part of a training command that all share: optimiser, placement, steps, and the folder at the end.
+
+    What is trained is ``state.params``; ``frozen`` is what the step takes beside it: with adapters, the model's own
+    weights.
+    """
 
     def __init__(self, options: Training, model: Model, loss_fn, count: int):
         self.options, self.model, self.count = options, model, count
@@ -167,10 +187,26 @@ class Fit:
             options.learning_rate, self.updates, warmup=options.warmup, weight_decay=options.weight_decay,
             clip=options.clip,
         )  # fmt: skip
-        state = init_state(model.params, optimizer, jax.random.key(options.seed))
+        self.how, self.frozen, trained = adapters.of(options), None, model.params
+        key = jax.random.key(options.seed)
+        if self.how is not None:
+            self.frozen = jax.device_put(model.params, sharding.by_name(model.params, self.mesh)), None
+            own_key = jax.random.fold_in(key, SEEDS - 1)  # no step's
+            trained = jax.jit(lora.init, static_argnums=2)(own_key, model.params, self.how)
+            loss_fn = lora.adapted(loss_fn, self.how)
+        state = init_state(trained, optimizer, key)
         layout = sharding.by_name(state, self.mesh)
         self.state = jax.device_put(state, layout)
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
+
+    @property
+    def params(self):
+        """The model as it is now, for everything that asks it."""
+        return self.state.params if self.how is None else lora.attach(self.frozen[0], self.state.params, self.how)
+
+    def reference(self):
+        """The model before training, which stays: with adapters their base, else a copy."""
+        return jax.tree.map(lambda x: x.copy(), self.state.params) if self.how is None else self.frozen[0]
 
     def place(self, batch):
         """A batch with its rows split over the mesh."""
@@ -183,19 +219,26 @@ class Fit:
         """All steps, for methods whose batches do not depend on the parameters."""
         self.state = loop.fit(
             self.state, self.train_step, lambda step: self.place(batch_of_step(step)),
-            steps=self.steps, on_metrics=on_metrics, log_every=self.options.log_every,
+            steps=self.steps, on_metrics=on_metrics, log_every=self.options.log_every, frozen=self.frozen,
         )  # fmt: skip
 
     def save(self, logs=()) -> None:
         """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""
-        params = jax.device_get(self.state.params)
-        for path, x in jax.tree_util.tree_leaves_with_path(params):
+        trained, model = jax.device_get(self.state.params), self.model
+        for path, x in jax.tree_util.tree_leaves_with_path(trained):
             if not np.isfinite(x).all():
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise FloatingPointError(
                     f"{name} is not finite, so nothing is saved; a lower learning rate usually helps"
                 )
         with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
-            models.save(folder, params, self.model.config, self.model.tokenizer)
+            if self.how is None:
+                models.save(folder, trained, model.config, model.tokenizer)
+            elif self.options.fold:
+                full = lora.fold(self.frozen[0], self.state.params, self.how)
+                models.save(folder, full, model.config, model.tokenizer)
+            else:
+                base = adapters.base_name(self.options.model)
+                peft.save(folder, trained, model.config, self.how, base=base, tokenizer=model.tokenizer)
             for log in logs:
                 shutil.copy2(log, folder)

@@ -59,7 +59,7 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
 
     with runs.stage(options, stage, fit.steps, tracker) as (tracker, on, logs):
         fit.run(batch_of_step, on.step)
-        scored = of_reference[0], recipe.reference_logps(score, fit.state.params, all_chosen, **how)
+        scored = of_reference[0], recipe.reference_logps(score, fit.params, all_chosen, **how)
         before, after = (float(logps.mean()) for logps in scored)
         if after < before:
             tracker.warn(

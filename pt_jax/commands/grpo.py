@@ -85,9 +85,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     prompts = encode_prompts(model, rows, options.max_new_tokens)
     length = batches.bucket(max(map(len, prompts)))
     sampler, score = model.sampler(options.max_new_tokens, how), make_score(model.apply, how)
-    reference = fit.state.params if options.kl else None
-    if options.kl:  # the state's own arrays are consumed by the first step
-        reference = jax.tree.map(lambda x: x.copy(), fit.state.params)
+    reference = fit.reference() if options.kl else None
     sample_key = jax.random.fold_in(jax.random.key(options.seed), 1)
     evaluate = Evaluation(model, held_out, reward, options.max_new_tokens)
 
@@ -97,7 +95,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         tokens, seen = text.pad_prompts([prompts[i] for i in ids], pad_token=model.pad_token, length=length)
         # a prompt's random numbers are addressed by when it comes up, so its next turn samples anew
         turns = np.arange(step * len(ids), (step + 1) * len(ids))
-        out = sampler(fit.state.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
+        out = sampler(fit.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
         texts = text.to_texts(model.tokenizer, out)
         verdicts = [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
         rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
@@ -108,20 +106,20 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
 
     with runs.stage(options, stage, fit.steps, tracker) as (_, on, logs):
         if held_out:
-            on.step(0, evaluate(fit.state.params))
+            on.step(0, evaluate(fit.params))
         for step in range(fit.steps):
             batch, said = rollout(step)
             batch = fit.place(batch)
             if reference is not None:
                 batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"])})
             for update in range(options.updates):
-                fit.state, metrics = fit.train_step(fit.state, None, batch)
+                fit.state, metrics = fit.train_step(fit.state, fit.frozen, batch)
                 if update == 0:
                     said |= recipe.sampler_agreement(batch, metrics["logps"])
                     batch |= fit.place({"old_logps": metrics["logps"], "fresh": np.zeros(len(batch["fresh"]), bool)})
             metrics = {k: v for k, v in jax.device_get(metrics).items() if np.ndim(v) == 0}
             if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == fit.steps):
-                said |= evaluate(fit.state.params)
+                said |= evaluate(fit.params)
             loop.report(step + 1, metrics | said, on.step)
         fit.save(logs)
     return on.latest

@@ -46,8 +46,11 @@ def check_place(out, **inputs) -> None:
 
 
 def _is_a_model(path) -> bool:
-    """Whether a model's config is there, or the logs of a training command."""
-    return "model_type" in _read(path / "config.json") or _read(path / "run.json").get("command") in TRAINING
+    """Whether the config of a model or of an adapter is there, or the logs of a training command."""
+    config = _read(path / "config.json") | _read(path / "adapter_config.json")
+    return (
+        not config.keys().isdisjoint(("model_type", "peft_type")) or _read(path / "run.json").get("command") in TRAINING
+    )
 
 
 def _read(file) -> dict:

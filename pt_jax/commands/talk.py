@@ -43,7 +43,7 @@ class Generate(Talking):
     """Completes a prompt.
 
     Args:
-      model: model folder.
+      model: model folder, or PEFT folder of an adapter.
       prompt: the text to go on from.
       chat: put the prompt through the chat template, as a user's message.
       samples: completions to sample.
@@ -60,7 +60,7 @@ class Chat(Talking):
     """Talks with a model in the terminal; an empty line or Ctrl-D ends it.
 
     Args:
-      model: model folder.
+      model: model folder, or PEFT folder of an adapter.
       system: a system message to begin with.
     """
 

@@ -371,8 +371,7 @@ def _basic_fields(config, how, base):
 
 
 def _shapes(config):
-    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.tree.map(struct, parameters.shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.eval_shape(lambda: parameters.init(config, jax.random.key(0)))
 
 
 def _whole(x):
