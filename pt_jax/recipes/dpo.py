@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import logps, weights
+from pt_jax.data import packing
 from pt_jax.losses import likelihood, preference
 from pt_jax.recipes import sft
 
@@ -28,27 +29,54 @@ def make_loss(apply, *, beta=0.1, label_smoothing=0.0, nll=0.0):
     def loss_fn(params, frozen, batch, key):
         # Each pair's two rows side by side: all chosen before all rejected would move rows between devices.
         join = lambda x, y: jnp.stack([x, y], 1).reshape(-1, *x.shape[1:])
-        both = {k: join(batch["chosen"][k], batch["rejected"][k]) for k in ("tokens", "seen", "mask")}
+        both = {k: join(batch["chosen"][k], batch["rejected"][k]) for k in ("tokens", "seen")}
         logits, _ = apply(params, both["tokens"], both["seen"])
-        per_token = logps.token_logps(logits, both["tokens"])
-        chosen, rejected = logps.sequence_logps(per_token, both["mask"]).reshape(-1, 2).T
-        of_chosen = likelihood.nll(per_token[::2], both["mask"][::2])
-        references = batch["ref_chosen"], batch["ref_rejected"]
-        per_pair = preference.dpo(chosen, rejected, *references, beta=beta, label_smoothing=label_smoothing)
-        reward = [preference.implicit_reward(x, ref, beta=beta) for x, ref in zip((chosen, rejected), references)]
-        mean = lambda x: weights.weighted_sum(x, batch["weights"])
-        metrics = {
-            "rewards/chosen": mean(reward[0]),
-            "rewards/rejected": mean(reward[1]),
-            "rewards/margins": mean(reward[0] - reward[1]),
-            "rewards/accuracies": mean((reward[0] > reward[1]).astype(jnp.float32)),
-            "logps/chosen": mean(chosen),
-            "logps/rejected": mean(rejected),
-            "nll_loss": weights.weighted_sum(of_chosen, batch["chosen"]["weights"]),
-        }
-        return mean(per_pair) + nll * metrics["nll_loss"], metrics
+        sides = logps.token_logps(logits, both["tokens"]).reshape(-1, 2, both["tokens"].shape[1])
+        return _loss(sides[:, 0], sides[:, 1], batch, beta=beta, label_smoothing=label_smoothing, nll=nll)
 
     return loss_fn
+
+
+def make_shared_loss(apply, *, beta=0.1, label_smoothing=0.0, nll=0.0):
+    """The same on pairs whose prompt stands once in front of both answers: same loss, metrics and gradient.
+
+    A pair of a prompt of P tokens and answers of n takes P + 2 n + 1 tokens, not 2 (P + n).
+
+    Args:
+      apply: as ``make_loss``; it must know rows of branches (``models.visibility``).
+      beta, label_smoothing, nll: as ``make_loss``.
+
+    Returns:
+      A loss for ``make_train_step``, of batches of ``make_shared_batch``.
+    """
+
+    def loss_fn(params, frozen, batch, key):
+        per_token = logps.token_logps(apply(params, batch["tokens"], batch["seen"])[0], batch["tokens"])
+        return _loss(per_token, per_token, batch, beta=beta, label_smoothing=label_smoothing, nll=nll)
+
+    return loss_fn
+
+
+def _loss(of_chosen, of_rejected, batch, *, beta, label_smoothing, nll):
+    """From the log-probabilities of tokens, [B, T], of which each side's mask says which are its answer's."""
+    chosen = logps.sequence_logps(of_chosen, batch["chosen"]["mask"])
+    rejected = logps.sequence_logps(of_rejected, batch["rejected"]["mask"])
+    references = batch["ref_chosen"], batch["ref_rejected"]
+    per_pair = preference.dpo(chosen, rejected, *references, beta=beta, label_smoothing=label_smoothing)
+    reward = [preference.implicit_reward(x, ref, beta=beta) for x, ref in zip((chosen, rejected), references)]
+    mean = lambda x: weights.weighted_sum(x, batch["weights"])
+    metrics = {
+        "rewards/chosen": mean(reward[0]),
+        "rewards/rejected": mean(reward[1]),
+        "rewards/margins": mean(reward[0] - reward[1]),
+        "rewards/accuracies": mean((reward[0] > reward[1]).astype(jnp.float32)),
+        "logps/chosen": mean(chosen),
+        "logps/rejected": mean(rejected),
+        "nll_loss": weights.weighted_sum(
+            likelihood.nll(of_chosen, batch["chosen"]["mask"]), batch["chosen"]["weights"]
+        ),
+    }
+    return mean(per_pair) + nll * metrics["nll_loss"], metrics
 
 
 def make_batch(pairs, ref_chosen, ref_rejected, *, pad_token: int, length: int) -> dict:
@@ -67,6 +95,26 @@ def make_batch(pairs, ref_chosen, ref_rejected, *, pad_token: int, length: int) 
     batch = {"ref_chosen": np.asarray(ref_chosen), "ref_rejected": np.asarray(ref_rejected)}
     for side, examples in zip(("chosen", "rejected"), zip(*pairs)):
         batch[side] = sft.make_batch(examples, pad_token=pad_token, length=length)
+    return batch | {"weights": np.asarray(weights.row_mean(jnp.ones(len(pairs), bool)))}
+
+
+def make_shared_batch(pairs, ref_chosen, ref_rejected, *, pad_token: int, length: int) -> dict:
+    """The same for ``make_shared_loss``: a row [prompt | chosen | rejected] a pair.
+
+    Args:
+      pairs, ref_chosen, ref_rejected, pad_token: as ``make_batch``.
+      length: T of a row; ``data.packing.shared_length`` says what a pair takes.
+
+    Returns:
+      tokens [B, T] and seen [B, T, 2]; "chosen" and "rejected", each with mask and weights (of the tokens) [B, T];
+      ref_chosen, ref_rejected and weights (of the pairs) [B].
+    """
+    rows = packing.share(pairs, length=length, pad_token=pad_token)
+    batch = {"tokens": rows.tokens, "seen": rows.seen}
+    for branch, side in enumerate(("chosen", "rejected"), 1):
+        mask = rows.mask & (rows.seen[..., 1] == branch)
+        batch[side] = {"mask": mask, "weights": np.asarray(weights.token_mean(jnp.asarray(mask)))}
+    batch |= {"ref_chosen": np.asarray(ref_chosen), "ref_rejected": np.asarray(ref_rejected)}
     return batch | {"weights": np.asarray(weights.row_mean(jnp.ones(len(pairs), bool)))}
 
 
