@@ -2,5 +2,6 @@
 
 from pt_jax.sampling.decode import Completions, sample
 from pt_jax.sampling.distribution import Sampling, transform
+from pt_jax.sampling.refill import sample_queue
 
-__all__ = ["Completions", "Sampling", "sample", "transform"]
+__all__ = ["Completions", "Sampling", "sample", "sample_queue", "transform"]

@@ -113,7 +113,7 @@ def sample(
         checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
     checks.positive("length", length)
     checks.positive("group", group)
-    _check_prompts(seen)
+    check_prompts(seen)
     rows = size["P"] * group
     how = (Sampling() if how is None else how).check().of_rows(rows)
     limits = jnp.full(rows, length, jnp.int32) if limits is None else _checked_limits(limits, rows, length)
@@ -125,7 +125,7 @@ def sample(
     return _sample(program, params, prompts, seen, given)
 
 
-def _check_prompts(seen):
+def check_prompts(seen):
     if isinstance(seen, jax.core.Tracer):
         return
     given = np.asarray(seen)  # of jnp, these would be staged when sample is jitted around them
@@ -179,10 +179,8 @@ def _begun(program, params, prompts, seen, given, sized):
     """The state after the first token of every row, and the rows' keys."""
     P, T = prompts.shape
     logits, cache = program.apply(params, prompts, seen, sized(P, T))
-    cache = _repeat_rows(cache, lambda rows: sized(rows, T), program.group)
-    of_prompt = jax.vmap(lambda i: jax.random.fold_in(given.key, i))(given.ids)
-    of_row = jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(program.group)))(of_prompt)
-    keys = of_row.reshape(-1)
+    cache = repeat_rows(cache, lambda rows: sized(rows, T), program.group)
+    keys = row_keys(given.key, given.ids, program.group)
     # An argmax over 17 to 24 columns, fused with a repeat to a multiple of 8 rows, is a program that XLA (jaxlib
     # 0.10.2, CPU) never finishes compiling.
     logits = jax.lax.optimization_barrier(jnp.repeat(logits[:, -1], program.group, 0))
@@ -194,6 +192,12 @@ def _begun(program, params, prompts, seen, given, sized):
     out |= {"entropies": jnp.zeros((steps, rows))} if program.entropies else {}
     state = _State(cache, out, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.int32(0))
     return _drawn(state, logits, given, keys), keys
+
+
+def row_keys(key, ids, group):
+    """The key of sample j of prompt p, in row p * G + j."""
+    of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    return jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(group)))(of_prompt).reshape(-1)
 
 
 def _step(program, params, given, keys, state):
@@ -209,19 +213,34 @@ def _going(state, given):
 
 def _drawn(state, logits, given, keys):
     """The state with one more token, of those rows that are alive."""
-    n, alive = state.done, state.alive
-    logits = transform(logits, given.how, n)
+    n = state.done
     wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
-    token = draw(jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), logits)
-    token = jnp.where(wanted >= 0, wanted, token)
-    logps = jax.nn.log_softmax(logits)
-    now = {"tokens": jnp.where(alive, token, given.pad), "alive": alive}
-    now["logps"] = jnp.where(alive, jnp.take_along_axis(logps, token[:, None], 1)[:, 0], 0)
-    if "entropies" in state.out:
-        entropy = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0, logps), -1)
-        now["entropies"] = jnp.where(alive, entropy, 0)
+    now = spoken(logits, given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted)
+    now = {name: jnp.where(state.alive, x, given.pad if name == "tokens" else 0) for name, x in now.items()}
+    now["alive"] = state.alive
     write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
     return state._replace(out={name: write(name) for name in state.out}, token=now["tokens"], done=n + 1)
+
+
+def spoken(logits, how, index, keys, wanted) -> dict:
+    """The next token of every row, and what there is to say of it.
+
+    Args:
+      logits: [B, V] of the model.
+      how: the sampled distribution.
+      index: how many tokens of the completions were drawn before, [B] or a scalar.
+      keys: [B] PRNG keys.
+      wanted: [B] int32, tokens to take instead of drawing them; -1: draw.
+
+    Returns:
+      tokens, logps and entropies, each [B].
+    """
+    logits = transform(logits, how, index)
+    tokens = jnp.where(wanted >= 0, wanted, draw(keys, logits))
+    logps = jax.nn.log_softmax(logits)
+    entropies = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0, logps), -1)
+    of_token = jnp.take_along_axis(logps, tokens[:, None], 1)[:, 0]
+    return {"tokens": tokens, "logps": of_token, "entropies": entropies}
 
 
 # ---- the cache
@@ -257,7 +276,7 @@ def _fitted(x, into):
     return x if x.shape == into.shape else jax.lax.dynamic_update_slice(into, x, [0] * x.ndim)
 
 
-def _repeat_rows(cache, init_cache, group):
+def repeat_rows(cache, init_cache, group):
     """Every row of the cache ``group`` times. Its row axes are those that grow with the number of rows."""
     one, two = jax.eval_shape(lambda: (init_cache(1), init_cache(2)))
 

@@ -1,0 +1,132 @@
+"""How fast does the sampler draw tokens, against transformers' generate and the machine's own limits?
+
+    python benchmarks/sampling.py                                                   # 8 layers of width 256, float32
+    python benchmarks/sampling.py --shape qwen3-1.7b --dtype bfloat16 --rows 1 32 256        # on a GPU
+
+JSON lines: tokens a second at temperature 1 without an early end. The floor is the larger of two times a step: the
+bytes of the weights and of the cache's mean length at the measured bandwidth, and the operations of the products at the
+rate that a large product reaches, both in the same process. Each side runs in a process of its own, in turns.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+from models import SHAPES, timed
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=2, help="of each side")
+    parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def prompts_of(ask, rows):
+    return np.random.default_rng(0).integers(0, SHAPES[ask.shape][0], (rows, ask.prompt), dtype=np.int32)
+
+
+def ours(ask, rows) -> dict:
+    import jax
+    import jax.numpy as jnp
+    from common import bandwidth
+    from models import config_of
+
+    from pt_jax import models
+    from pt_jax.sampling import sample
+
+    ask.length = ask.prompt + ask.new
+    config = config_of(ask)
+    params = models.init(config, jax.random.key(0), jnp.dtype(ask.dtype))
+    bound = models.bind(config, models.Execution(dtype=ask.dtype))
+    prompts, seen = prompts_of(ask, rows), np.ones((rows, ask.prompt), bool)
+
+    def run():
+        return sample(
+            params, prompts, seen, jax.random.key(0), apply=bound.apply, init_cache=bound.init_cache, length=ask.new,
+            end_tokens=(), pad_token=0,
+        ).tokens  # fmt: skip
+
+    first, best = timed(run, jax.block_until_ready)
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), ask.dtype)
+    product = jax.jit(jnp.matmul)
+    peak = 2 * n**3 / timed(lambda: product(a, a), jax.block_until_ready)[1]
+    size = jnp.dtype(ask.dtype).itemsize
+    weights = models.parameters.count(params) - (0 if config.tied else config.vocab * config.width)
+    of_token = 2 * config.layers * config.kv_heads * config.head_width * size
+    mean = ask.prompt + ask.new / 2
+    reading = (weights * size + rows * mean * of_token) / bandwidth()
+    operations = rows * 2 * (weights + 2 * config.layers * mean * config.heads * config.head_width)
+    out = {"rate": rows * ask.new / best, "compile": first - best, "floor": rows / max(reading, operations / peak)}
+    return out | {"device": jax.devices()[0].device_kind, "read_share": reading * ask.new / best}
+
+
+def of_torch(ask, rows) -> dict:
+    import torch
+    import transformers
+
+    vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
+    config = transformers.Qwen3Config(
+        vocab_size=vocab, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, head_dim=head,
+        num_key_value_heads=kv_heads, intermediate_size=hidden, tie_word_embeddings=tied, eos_token_id=None,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, ask.dtype)).to(device).eval()
+    prompts = torch.from_numpy(prompts_of(ask, rows)).long().to(device)
+
+    def run():
+        with torch.no_grad():
+            return model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, pad_token_id=0,
+                max_new_tokens=ask.new, min_new_tokens=ask.new,
+            )  # fmt: skip
+
+    assert run().shape == (rows, ask.prompt + ask.new)
+    return {"rate": rows * ask.new / timed(run)[1]}
+
+
+def turn(ask, side, rows) -> dict | None:
+    command = [sys.executable, __file__, "--side", side, "--rows", str(rows)]
+    for name in ("shape", "dtype", "prompt", "new"):
+        command += [f"--{name}", str(getattr(ask, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{side} did not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    ask = options()
+    if ask.side:
+        print(json.dumps((ours if ask.side == "ours" else of_torch)(ask, ask.rows[0])))
+        return
+    import jax
+
+    for rows in ask.rows:
+        turns = [{side: turn(ask, side, rows) for side in ("ours", "torch")} for _ in range(ask.turns)]
+        mine, theirs = ([t[side] for t in turns if t[side]] for side in ("ours", "torch"))
+        best = max(mine, key=lambda t: t["rate"])
+        line = {"name": "sampling/sample", "value": round(best["rate"], 1), "unit": "tokens/s"}
+        floor = max(t["floor"] for t in mine)
+        line |= {"floor": round(floor, 1), "share_of_floor": round(best["rate"] / floor, 3)}
+        if theirs:
+            line["vs_transformers"] = round(best["rate"] / max(t["rate"] for t in theirs), 2)
+        line |= {
+            "share_of_bandwidth": round(best["read_share"], 3),
+            "compile_s": round(min(t["compile"] for t in mine), 2),
+        }
+        asked = {name: getattr(ask, name) for name in ("shape", "dtype", "prompt", "new")} | {"rows": rows}
+        print(json.dumps(line | {"config": asked, "versions": {"jax": jax.__version__}, "device": best["device"]}))
+
+
+if __name__ == "__main__":
+    main()
