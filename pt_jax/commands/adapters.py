@@ -7,7 +7,8 @@ import jax
 from pt_jax import models
 from pt_jax.models import huggingface, lora, peft
 
-FLAGS = ("lora_alpha", "lora_targets", "dora", "rslora", "fold")  # which mean nothing without --lora-rank
+FLAGS = ("lora_alpha", "lora_targets", "dora", "rslora", "quantize", "fold")  # which mean nothing without --lora-rank
+QUANTIZED = {None: None, "int8": models.quantize.int8, "nf4": models.quantize.nf4}
 
 
 def of(options) -> lora.Adapter | None:
@@ -52,20 +53,27 @@ def read_config(path) -> models.Config:
     return huggingface.read_config(huggingface.local(peft.base(folder)) if peft.is_adapter(folder) else folder)
 
 
-def read(path):
+def read(path, quantize=None):
     """The weights of a folder, with an adapter folded into its base.
+
+    Args:
+      path: of a model, or a PEFT folder.
+      quantize: a name of ``QUANTIZED``.
 
     Returns:
       params, config, and the folder whose tokenizer is theirs.
     """
     folder = huggingface.local(path)
     if not peft.is_adapter(folder):
-        return *models.load(folder), folder
+        return *models.load(folder, quantize=QUANTIZED[quantize]), folder
     base = huggingface.local(peft.base(folder))
     params, config = models.load(base)
     adapters, how = peft.load(folder, config, params)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return lora.fold(params, adapters, how), config, folder if has_tokenizer else base
+    params = lora.fold(params, adapters, how)
+    if quantize is not None:
+        params = models.quantize.quantize(params, QUANTIZED[quantize])
+    return params, config, folder if has_tokenizer else base
 
 
 def base_name(path) -> str:

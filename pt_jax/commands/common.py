@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -45,6 +45,7 @@ class Training:
         and of feed-forward networks, but not of experts.
       dora: train the norms of the adapted weights apart (DoRA).
       rslora: scale by alpha / sqrt(rank) instead (rsLoRA).
+      quantize: keep the frozen weights of the layers in 8 bits or in 4 (QLoRA) to save memory.
       fold: write full weights with the adapters folded in, instead of a PEFT folder.
     """
 
@@ -68,6 +69,7 @@ class Training:
     lora_targets: tuple[str, ...] | None = None
     dora: bool = False
     rslora: bool = False
+    quantize: Literal["int8", "nf4"] | None = None
     fold: bool = False
 
 
@@ -111,9 +113,9 @@ class Model:
             raise ValueError(f"{source}: has {len(tokens)} tokens{more}, the limit is {limit}; shorten it")
 
 
-def open_model(folder) -> Model:
+def open_model(folder, quantize=None) -> Model:
     """Reads a model folder with its tokenizer; of a PEFT folder, its base with the adapter folded in."""
-    params, config, at = adapters.read(folder)
+    params, config, at = adapters.read(folder, quantize)
     tokenizer = tokenizers.load(at)
     models.vocabulary.check(tokenizer, config, folder)
     return Model(str(folder), params, config, tokenizer)
@@ -235,7 +237,7 @@ class Fit:
             if self.how is None:
                 models.save(folder, trained, model.config, model.tokenizer)
             elif self.options.fold:
-                full = lora.fold(self.frozen[0], self.state.params, self.how)
+                full = models.quantize.dequantize(lora.fold(self.frozen[0], self.state.params, self.how))
                 models.save(folder, full, model.config, model.tokenizer)
             else:
                 base = adapters.base_name(self.options.model)

@@ -9,7 +9,7 @@ import pytest
 
 from pt_jax import cli, models
 from pt_jax.commands import adapters, common, dpo, grpo, sft, talk
-from pt_jax.models import peft
+from pt_jax.models import lora, peft
 from pt_jax.tracking import metrics
 
 COMMANDS = {
@@ -92,6 +92,7 @@ def test_a_run_is_bitwise_repeatable(train, command):
 
 EFFECTS = {
     "lora_rank": 3, "lora_alpha": 8.0, "lora_targets": ("wq", "embed"), "dora": True, "rslora": True,
+    "quantize": "nf4",
 }  # fmt: skip
 
 
@@ -112,6 +113,17 @@ def test_folded_is_the_same_model_in_full(train):
     assert (out / "model.safetensors").is_file() and not (out / peft.CONFIG).exists()
     for a, b in zip(jax.tree.leaves(models.load(out)[0]), jax.tree.leaves(full(train("sft")))):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_over_a_quantised_base_the_adapters_are_trained_and_a_folded_model_is_in_full(train, folder):
+    """Its weights are those that were trained on: of the base as it is after 8 bits, no more than half a step away."""
+    params, _ = models.load(train("sft", quantize="int8", fold=True))
+    trained, how = adapters_of(train("sft", quantize="int8"), folder)
+    base, _ = models.load(folder, quantize=models.quantize.int8)
+    expected = lora.fold(models.quantize.dequantize(base), trained, how)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    assert not same(params, full(train("sft", quantize="int8")))  # which has the base in full below
 
 
 def test_the_flags_are_all_tested():
@@ -167,6 +179,7 @@ def test_training_goes_on_from_an_adapter(train, options, tmp_path):
 BAD = {
     "alpha alone": ({"lora_rank": None, "lora_alpha": 3.0}, "--lora-alpha is of adapters; give --lora-rank"),
     "fold alone": ({"lora_rank": None, "fold": True}, "--fold is of adapters; give --lora-rank"),
+    "bits alone": ({"lora_rank": None, "quantize": "int8"}, "--quantize is of adapters; give --lora-rank"),
     "rank": ({"lora_rank": 0}, "--lora-rank must be above 0"),
     "alpha": ({"lora_alpha": -1.0}, "--lora-alpha must be"),
     "nothing": ({"lora_targets": ("q_proj",)}, "target 'q_proj' matches none of the products of this model: .*wq"),
@@ -210,6 +223,18 @@ def test_an_experts_adapter_that_peft_cannot_read_is_refused_before_training(opt
 
 def test_the_flags_arrive(folder, data, tmp_path, capsys):
     words = ["sft", "--model", folder, "--data", data["completion"], "--out", tmp_path / "out", "--batch-size", 8]
-    words += ["--lora-rank", 4, "--lora-alpha", 8, "--dora", "--rslora", "--lora-targets", "w[qv]", "q_proj"]
+    words += [
+        "--lora-rank",
+        4,
+        "--lora-alpha",
+        8,
+        "--dora",
+        "--rslora",
+        "--quantize",
+        "nf4",
+        "--lora-targets",
+        "w[qv]",
+        "q_proj",
+    ]
     assert cli.main([str(word) for word in words]) == 2
     assert "target 'q_proj' matches none" in capsys.readouterr().err
