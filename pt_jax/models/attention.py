@@ -114,9 +114,12 @@ def of_mask(name: str, visible, *, scale, softcap=None):
         return functools.partial(
             jax.nn.dot_product_attention, mask=visible, scale=scale, is_causal=True, implementation="cudnn"
         )
-    if softcap is None and isinstance(scale, float):
-        return functools.partial(jax.nn.dot_product_attention, mask=visible, scale=scale, implementation="xla")
-    return functools.partial(_plain, visible=visible, scale=scale, softcap=softcap)
+    written_out = functools.partial(_plain, visible=visible, scale=scale, softcap=softcap)
+    if softcap is not None or not isinstance(scale, float):
+        return written_out
+    compute = functools.partial(jax.nn.dot_product_attention, mask=visible, scale=scale, implementation="xla")
+    # whose float16 products are asked for in a precision that only GPUs have
+    return lambda q, k, v: (written_out if q.dtype == jnp.float16 else compute)(q, k, v)
 
 
 def of_cache(name: str, visible, *, scale, softcap=None):
