@@ -133,19 +133,27 @@ def read_header(file) -> dict[str, Entry]:
             name: Entry(file, x["dtype"], tuple(x["shape"]), *(first + i for i in x["data_offsets"]))
             for name, x in header.items()
         }
+        if why := _torn(entries, first, size):
+            raise bad(why)
     except OSError as e:
         raise bad(e) from e
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
         raise bad("its header is not that of a safetensors file") from e
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].end):
-        if not first <= entry.begin <= entry.end <= size:
-            raise bad(f"{name} goes from byte {entry.begin:,} to {entry.end:,}, and the file ends at {size:,}")
+    return entries
+
+
+def _torn(entries, at, size):
+    """What is wrong with where the tensors are; they fill a file without gaps."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.end > size:
+            return f"{name} goes from byte {entry.begin:,} to {entry.end:,}, and the file ends at {size:,}"
+        if not at == entry.begin <= entry.end:
+            return f"{name} goes from byte {entry.begin:,} to {entry.end:,}, and the one before it ends at {at:,}"
         width = np.dtype(DTYPES[entry.dtype]).itemsize if entry.dtype in DTYPES else None
         if width and entry.end - entry.begin != width * math.prod(entry.shape):
-            raise bad(f"{name} has {entry.end - entry.begin:,} bytes for the shape {entry.shape}")
-    if max((entry.end for entry in entries.values()), default=first) != size:
-        raise bad("it goes on behind its last tensor")
-    return entries
+            return f"{name} has {entry.end - entry.begin:,} bytes for the shape {entry.shape}"
+        at = entry.end
+    return None if at == size else "it goes on behind its last tensor"
 
 
 def numbers(entry: Entry) -> np.ndarray:

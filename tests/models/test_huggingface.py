@@ -5,6 +5,7 @@ recorded from transformers (``test_parity.py`` does that, and compares with live
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from pt_jax.models import Config, apply, load, save, tensors
+from pt_jax.models import Config, apply, init, load, placing, save, tensors
 from pt_jax.models.huggingface import read_config
+from pt_jax.training import sharding
 
 REFERENCE = json.loads((pathlib.Path(__file__).parents[1] / "reference" / "decoder.json").read_text())
 
@@ -182,6 +185,50 @@ def test_a_chat_model_ends_where_its_generation_config_says(folder):
     """The config names <|endoftext|> alone; who samples by it never sees the end of a turn."""
     assert load(write(folder, generation_config={"eos_token_id": [7, 2]}))[1].end_tokens == (7, 2)
     assert load(write(folder, generation_config={"temperature": 0.6}))[1].end_tokens == (2,)
+
+
+MESHED = Config(
+    vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, tied=False, family="qwen3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MESHED,
+        dataclasses.replace(MESHED, family="phi3", qk_norm=False),  # several leaves from one tensor
+        dataclasses.replace(
+            MESHED, family="qwen3_moe", experts=4, expert_hidden=8, layers=3, expert_layers=(True, False, True)
+        ),
+    ],
+    ids=lambda config: config.family,
+)
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_a_model_is_read_straight_into_its_layout(folder, tmp_path, monkeypatch, config, axes):
+    """In pieces smaller than any share; and what is spread is written as what is not."""
+    monkeypatch.setattr(placing, "CHUNK", 48)
+    params = jax.tree.map(lambda x: x + 1, init(config, jax.random.key(0)))
+    save(folder, params, config)
+    layout = dict.fromkeys(("embed", "wq", "wk"), P(None, "fsdp")) | {"wo": P(None, "tensor"), "unembed": P("data")}
+    layout |= {"expert_gate": P(None, None, "fsdp"), "expert_down": P(None, "data", None, "tensor")}
+    mesh = sharding.make_mesh(*axes)
+    place = functools.partial(sharding.by_name, mesh=mesh, layout=layout)
+    got, _ = load(folder, place=place)
+    same(got, params)
+    assert jax.tree.map(lambda x: x.sharding, got) == place(params)
+    save(tmp_path / "again", got, config)
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_layers_may_be_spread_over_devices(folder):
+    """As a pipeline has them."""
+    params = init(MESHED, jax.random.key(0))
+    save(folder, params, MESHED)
+    mesh = jax.make_mesh((2,), ("stage",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    place = functools.partial(sharding.by_name, mesh=mesh, layout=dict.fromkeys(params["layers"], P("stage")))
+    got, _ = load(folder, place=place)
+    same(got, params)
+    assert {x.sharding.spec for x in got["layers"].values()} == {P("stage")}
 
 
 def test_shards_are_one_model(folder, tmp_path):
@@ -374,6 +421,9 @@ def test_a_file_that_goes_on_behind_its_last_tensor(folder):
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [null, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
     ids=str,
 )  # fmt: skip
