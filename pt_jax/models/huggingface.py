@@ -4,7 +4,9 @@ Reading is strict: a family, a field or a tensor that this decoder would compute
 because a checkpoint that loads with one wrong number looks like a checkpoint that trains badly.
 """
 
+import dataclasses
 import json
+import math
 import pathlib
 import re
 from functools import partial
@@ -89,13 +91,14 @@ def save(path, params, config: Config, tokenizer=None, *, overwrite=False, keep=
         vocabulary.check(tokenizer, config, path)
     dtype = str(params["embed"].dtype)
     with folders.appear_whole(path, overwrite=overwrite, keep=keep) as folder:
-        write(folder, _made(params, config))
         (folder / "config.json").write_text(json.dumps(to_json(config, dtype), indent=2) + "\n")
         if config.head == "tokens":
             generation = {"bos_token_id": config.bos_token, "eos_token_id": list(config.end_tokens) or None}
             generation |= {"pad_token_id": config.pad_token}
             generation = {k: v for k, v in generation.items() if v is not None}
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        _check_said(path, config, read_config(folder))
+        write(folder, _made(params, config))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -305,6 +308,26 @@ def _fillings(shapes, dtype, place, how):
         else Filling(form.shape, form.dtype, shardings[leaf])
         for leaf, form in forms.items()
     }
+
+
+def _check_said(path, config, found):
+    """A family's fields say only what its own models differ in; for what it cannot say, readers take its default."""
+    wanted, found = _shortest(config), _shortest(found)
+    for name, value in wanted.items():
+        got = found[name]
+        if value != got and not (isinstance(value, float) and isinstance(got, float) and math.isclose(value, got)):
+            raise ValueError(
+                f"{path}: {name} is {value!r}, which a config.json of the family {config.family} cannot say; it would "
+                f"be read as {got!r}"
+            )
+
+
+def _shortest(config):
+    """The fields of a config, () where all layers have what they would have without."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    same = {"windows": not any(config.windows), "rope_layers": all(config.rope_layers)}
+    same |= {"expert_layers": all(config.expert_layers)}
+    return fields | {name: () for name, is_same in same.items() if is_same}
 
 
 def _check_tree(params, config):
