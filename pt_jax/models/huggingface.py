@@ -323,11 +323,13 @@ def _check_said(path, config, found):
 
 
 def _shortest(config):
-    """The fields of a config, () where all layers have what they would have without."""
+    """The fields of a config, () where all layers have what they would have without, and no width of no network."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    hidden = fields.pop("hidden")
     same = {"windows": not any(config.windows), "rope_layers": all(config.rope_layers)}
     same |= {"expert_layers": all(config.expert_layers)}
-    return fields | {name: () for name, is_same in same.items() if is_same}
+    fields |= {name: () for name, is_same in same.items() if is_same}
+    return fields | {"hidden": None if all(config.has_experts) else hidden}
 
 
 def _check_tree(params, config):
