@@ -537,6 +537,23 @@ def test_a_dtype_survives(folder, model, dtype):
     same(load(folder, dtype=dtype)[0], params)
 
 
+def test_a_router_stays_float32_among_bfloat16_and_numbers_lie_at_multiples_of_their_width(folder):
+    """Readers that map the file into memory cannot look at others."""
+    config = dataclasses.replace(
+        MESHED, vocab=23, width=5, hidden=7, family="qwen3_moe", experts=3, expert_hidden=3, qk_norm=True
+    )
+    save(folder, init(config, jax.random.key(0), jnp.bfloat16), config)
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    assert {x["dtype"] for name, x in header.items() if ".gate.weight" in name} == {"F32"}
+    assert {x["dtype"] for name, x in header.items() if ".gate.weight" not in name} == {"BF16"}
+    assert all(x["data_offsets"][0] % (4 if x["dtype"] == "F32" else 2) == 0 for x in header.values())
+    assert load_file(folder / "model.safetensors").keys() == header.keys()
+    same(load(folder, dtype=jnp.bfloat16)[0], init(config, jax.random.key(0), jnp.bfloat16))
+
+
 @pytest.mark.parametrize("turned", ["transposed", "fortran", "strided", "jax"])
 def test_arrays_in_any_order_of_bytes_are_written_as_they_read(folder, model, turned):
     params, config = model
