@@ -64,7 +64,7 @@ class _Given(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Between two steps. Token ``done - 1`` of every row is drawn, and not yet read."""
+    """Between two steps: ``done`` tokens of every row are drawn, and the last, ``token``, is not yet read."""
 
     cache: Any
     out: dict[str, jax.Array]  # [N, B] each
@@ -155,43 +155,41 @@ def _checked_forced(forced, rows, length):
 
 @partial(jax.jit, static_argnums=0)
 def _sample(program, params, prompts, seen, given) -> Completions:
-    T, steps = prompts.shape[1], program.length - 1
-    chunk = _chunk(steps)
-    whole = T + chunk * -(-steps // max(chunk, 1))
+    read, rows = prompts.shape[1] - 1, len(prompts) * program.group
+    chunk = _chunk(program.length)
+    whole = read + chunk * -(-program.length // chunk)
     sized = partial(_sized, program.init_cache, whole=whole)
-    state, keys = _begun(program, params, prompts, seen, given, sized)
+    state, keys = _begun(program, params, prompts, seen, given, sized), row_keys(given.key, given.ids, program.group)
     step = partial(_step, program, params, given, keys)
-    for room in _rooms(T, whole, chunk):
-        state = state._replace(cache=jax.tree.map(_fitted, state.cache, sized(len(state.token), room)))
+    for room in _rooms(read, whole, chunk):
+        state = state._replace(cache=jax.tree.map(_fitted, state.cache, sized(rows, room)))
         state = jax.lax.while_loop(
-            lambda state, room=room: _going(state, given).any() & (state.done <= room - T),
+            lambda state, room=room: _going(state, given).any() & (read + state.done < room),
             lambda state: jax.lax.scan(lambda state, _: (step(state), None), state, length=chunk)[0],
             state,
         )
     out = {name: x[: program.length].T for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
-    as_asked = partial(program.init_cache, len(ended), T + program.length)
-    kept = {name: _fitted(state.cache[name], as_asked()[name]) for name in program.keep}
+    as_asked = program.init_cache(rows, prompts.shape[1] + program.length)
+    kept = {name: _fitted(state.cache[name], as_asked[name]) for name in program.keep}
     return Completions(**out, ended=ended, kept=kept)
 
 
 def _begun(program, params, prompts, seen, given, sized):
-    """The state after the first token of every row, and the rows' keys."""
-    P, T = prompts.shape
-    logits, cache = program.apply(params, prompts, seen, sized(P, T))
-    cache = repeat_rows(cache, lambda rows: sized(rows, T), program.group)
-    keys = row_keys(given.key, given.ids, program.group)
-    # An argmax over 17 to 24 columns, fused with a repeat to a multiple of 8 rows, is a program that XLA (jaxlib
-    # 0.10.2, CPU) never finishes compiling.
-    logits = jax.lax.optimization_barrier(jnp.repeat(logits[:, -1], program.group, 0))
-    rows = len(keys)
-    # scans write whole chunks, so there may be room for more steps than are asked for
-    steps = program.length + CHUNK
-    out = {"tokens": jnp.broadcast_to(given.pad, (steps, rows)), "logps": jnp.zeros((steps, rows))}
-    out |= {"alive": jnp.zeros((steps, rows), bool)}
-    out |= {"entropies": jnp.zeros((steps, rows))} if program.entropies else {}
-    state = _State(cache, out, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.int32(0))
-    return _drawn(state, logits, given, keys), keys
+    """The state before the first token. All of a prompt is read but its last token, which the first step reads.
+
+    So nothing but a step makes logits: those of a whole prompt would be the largest array of all.
+    """
+    (P, T), rows = prompts.shape, len(prompts) * program.group
+    cache = sized(rows, 0)
+    if T > 1:
+        _, cache = program.apply(params, prompts[:, :-1], seen[:, :-1], sized(P, T - 1))
+        cache = repeat_rows(cache, lambda rows: sized(rows, T - 1), program.group)
+    # scans write whole chunks, so there may be more steps than are asked for
+    zeros = partial(jnp.zeros, (program.length + CHUNK, rows))
+    out = {"tokens": zeros(jnp.int32) + given.pad, "logps": zeros(), "alive": zeros(bool)}
+    out |= {"entropies": zeros()} if program.entropies else {}
+    return _State(cache, out, jnp.repeat(prompts[:, -1], program.group), jnp.ones(rows, bool), jnp.int32(0))
 
 
 def row_keys(key, ids, group):
@@ -201,25 +199,21 @@ def row_keys(key, ids, group):
 
 
 def _step(program, params, given, keys, state):
-    """Reads the last token of every row and draws the next."""
-    logits, cache = program.apply(params, state.token[:, None], state.alive[:, None], state.cache)
-    return _drawn(state._replace(cache=cache, alive=_going(state, given)), logits[:, 0], given, keys)
+    """Reads the last token of every row and draws the next, of those rows that go on."""
+    n, alive = state.done, _going(state, given)
+    logits, cache = program.apply(params, state.token[:, None], alive[:, None], state.cache)
+    wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
+    now = spoken(logits[:, 0], given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted)
+    now = {name: jnp.where(alive, x, given.pad if name == "tokens" else 0) for name, x in now.items()}
+    now["alive"] = alive
+    write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
+    return _State(cache, {name: write(name) for name in state.out}, now["tokens"], alive, n + 1)
 
 
 def _going(state, given):
-    """The rows that have not come to their end."""
-    return state.alive & ~jnp.isin(state.token, given.ends) & (state.done < given.limits)
-
-
-def _drawn(state, logits, given, keys):
-    """The state with one more token, of those rows that are alive."""
-    n = state.done
-    wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
-    now = spoken(logits, given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted)
-    now = {name: jnp.where(state.alive, x, given.pad if name == "tokens" else 0) for name, x in now.items()}
-    now["alive"] = state.alive
-    write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
-    return state._replace(out={name: write(name) for name in state.out}, token=now["tokens"], done=n + 1)
+    """The rows that have not come to their end; a prompt's last token ends nothing."""
+    ended = jnp.isin(state.token, given.ends) & (state.done > 0)
+    return state.alive & ~ended & (state.done < given.limits)
 
 
 def spoken(logits, how, index, keys, wanted) -> dict:
@@ -248,12 +242,12 @@ def spoken(logits, how, index, keys, wanted) -> dict:
 
 def _chunk(steps: int) -> int:
     """How many steps to scan at a time: about ``CHUNK``, and such that few are wasted in the last."""
-    return min(range(min(steps, CHUNK), min(steps, CHUNK) // 2, -1), key=lambda c: -steps % c, default=steps)
+    return min(range(min(steps, CHUNK), min(steps, CHUNK) // 2, -1), key=lambda c: -steps % c)
 
 
-def _rooms(prompt: int, whole: int, chunk: int) -> list[int]:
+def _rooms(read: int, whole: int, chunk: int) -> list[int]:
     """Lengths of the cache, one after the other; the steps between two are a multiple of the chunk."""
-    rooms, room = [], prompt
+    rooms, room = [], read
     while room < whole:
         more = max(int(room * (GROWTH - 1)), 64)
         room = min(room + chunk * -(-more // chunk), whole)

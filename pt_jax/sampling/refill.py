@@ -37,7 +37,7 @@ class _State(NamedTuple):
     out: dict[str, jax.Array]  # [J + 1, N] each; the last is written by slots without a job
     job: jax.Array
     done: jax.Array  # tokens drawn by each slot
-    token: jax.Array
+    token: jax.Array  # the last of each, not yet read
     alive: jax.Array
     next: jax.Array  # prompt
     written: jax.Array  # columns of the cache, by all slots together
@@ -86,55 +86,48 @@ def sample_queue(
 
 @partial(jax.jit, static_argnums=0)
 def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions:
-    (P, T), jobs, slots = prompts.shape, len(keys), program.slots
+    P, jobs, slots = len(prompts), len(keys), program.slots
+    read = prompts.shape[1] - 1
+    columns = read + program.length
     keys = jnp.concatenate([keys, keys[:1]])  # of slots without a job
     names = {"tokens": pad, "logps": jnp.float32(0), "alive": jnp.bool_(False)}
     state = _State(
-        cache=program.init_cache(slots, T + program.length),
+        cache=program.init_cache(slots, columns),
         out={name: jnp.full((jobs + 1, program.length), x) for name, x in names.items()},
         job=jnp.full(slots, jobs), done=jnp.zeros(slots, jnp.int32), token=jnp.zeros(slots, jnp.int32),
         alive=jnp.zeros(slots, bool), next=jnp.int32(0), written=jnp.int32(0),
     )  # fmt: skip
 
-    def speak(state, logits, rows):
-        """One more token of these slots ([B] bool, among those that are alive)."""
-        of_row = jax.vmap(jax.random.fold_in)(keys[state.job], state.done)
-        now = spoken(logits, how, state.done, of_row, jnp.full(slots, -1, jnp.int32))
-        at = (jnp.where(rows, state.job, jobs), state.done)
-        out = {name: x.at[at].set(now.get(name, rows), mode="drop") for name, x in state.out.items()}
-        going = ~jnp.isin(now["tokens"], ends) & (state.done + 1 < program.length)
-        return state._replace(
-            out=out, token=jnp.where(rows, now["tokens"], state.token), done=state.done + rows,
-            alive=jnp.where(rows, going, state.alive),
-        )  # fmt: skip
-
     def step(state, _):
+        """Reads the last token of every slot and draws the next."""
         logits, cache = program.apply(params, state.token[:, None], state.alive[:, None], state.cache)
-        state = state._replace(cache=cache, written=state.written + 1)
-        return speak(state, logits[:, 0], state.alive), None
+        of_row = jax.vmap(jax.random.fold_in)(keys[state.job], state.done)
+        now = spoken(logits[:, 0], how, state.done, of_row, jnp.full(slots, -1, jnp.int32)) | {"alive": state.alive}
+        at = (jnp.where(state.alive, state.job, jobs), state.done)
+        out = {name: x.at[at].set(now[name], mode="drop") for name, x in state.out.items()}
+        done = state.done + state.alive
+        alive = state.alive & ~jnp.isin(now["tokens"], ends) & (done < program.length)
+        return _State(cache, out, state.job, done, now["tokens"], alive, state.next, state.written + 1), None
 
     def refill(state):
-        """The next prompts, in slots that are free."""
+        """The next prompts, in slots that are free: all of them is read but their last tokens."""
         which = state.next + jnp.arange(program.prompts)
         given = jnp.minimum(which, P - 1)
-        last, cache = program.apply(params, prompts[given], seen[given], program.init_cache(program.prompts, T))
         count = program.prompts * program.group
         rows = jnp.argsort(state.alive, stable=True)[:count]  # those that are free come first
-        valid = jnp.repeat(which < P, program.group)
-        rows = jnp.where(valid, rows, slots)  # out of range: dropped
-        cache = repeat_rows(cache, lambda n: program.init_cache(n, T), program.group)
-        columns = T + program.length
-        turn = (state.written - T) % columns
-        cache = _inserted(state.cache, cache, rows, program.init_cache, T, columns, turn)
+        rows = jnp.where(jnp.repeat(which < P, program.group), rows, slots)  # out of range: dropped
+        cache = program.init_cache(count, read)
+        if read:
+            text = prompts[given, :-1], seen[given, :-1]
+            _, cache = program.apply(params, *text, program.init_cache(program.prompts, read))
+            cache = repeat_rows(cache, lambda n: program.init_cache(n, read), program.group)
+        cache = _inserted(state.cache, cache, rows, program.init_cache, read, columns, (state.written - read) % columns)
         job = (which[:, None] * program.group + jnp.arange(program.group)[None]).reshape(-1)
-        new = jnp.zeros(slots, bool).at[rows].set(True, mode="drop")
-        state = state._replace(
-            cache=cache, job=state.job.at[rows].set(job, mode="drop"), done=jnp.where(new, 0, state.done),
-            next=state.next + program.prompts,
+        put = lambda x, new: x.at[rows].set(new, mode="drop")
+        return state._replace(
+            cache=cache, job=put(state.job, job), done=put(state.done, 0), alive=put(state.alive, True),
+            token=put(state.token, jnp.repeat(prompts[given, -1], program.group)), next=state.next + program.prompts,
         )  # fmt: skip
-        last = jax.lax.optimization_barrier(jnp.repeat(last[:, -1], program.group, 0))
-        logits = jnp.zeros((slots, last.shape[-1]), last.dtype).at[rows].set(last, mode="drop")
-        return speak(state, logits, new)
 
     def can_refill(state):
         return (state.next < P) & ((~state.alive).sum() >= program.prompts * program.group)
