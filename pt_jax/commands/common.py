@@ -38,6 +38,9 @@ class Training:
       tensor: devices that heads, hidden units and the vocabulary are split over.
       log_every: steps between two looks at the metrics; every step is logged.
       overwrite: replace the folder at --out, if it holds a model.
+      remat: what is kept of the forward pass for the backward pass: all of it, each layer's input, or results of matrix
+        products. The rest is computed again, to save memory; changes no result.
+      dtype: that the model computes in; that of its weights when not given. What is trained is as it is stored.
       lora_rank: train adapters of this rank beside the model's own weights, which stay as they are, and write a PEFT
         folder; all weights are trained when not given.
       lora_alpha: the adapters' scale is alpha / rank; 32 when not given.
@@ -64,6 +67,8 @@ class Training:
     tensor: int = 1
     log_every: int = 10
     overwrite: bool = False
+    remat: Literal["none", "layer", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None
@@ -72,23 +77,29 @@ class Training:
     quantize: Literal["int8", "nf4"] | None = None
     fold: bool = False
 
+    @property
+    def execution(self) -> models.Execution:
+        """How the model is computed."""
+        return models.Execution(remat=self.remat, dtype=self.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model folder in memory."""
+    """A model folder in memory, and how it is computed."""
 
     folder: str
     params: dict
     config: models.Config
     tokenizer: Any
+    how: models.Execution = models.Execution()  # noqa: RUF009, it does not change
 
     @property
     def apply(self):
-        return models.bind(self.config).apply
+        return models.bind(self.config, self.how).apply
 
     @property
     def init_cache(self):
-        return models.bind(self.config).init_cache
+        return models.bind(self.config, self.how).init_cache
 
     @property
     def pad_token(self) -> int:
@@ -113,12 +124,12 @@ class Model:
             raise ValueError(f"{source}: has {len(tokens)} tokens{more}, the limit is {limit}; shorten it")
 
 
-def open_model(folder, quantize=None) -> Model:
+def open_model(folder, quantize=None, how=models.Execution()) -> Model:  # noqa: B008, it does not change
     """Reads a model folder with its tokenizer; of a PEFT folder, its base with the adapter folded in."""
     params, config, at = adapters.read(folder, quantize)
     tokenizer = tokenizers.load(at)
     models.vocabulary.check(tokenizer, config, folder)
-    return Model(str(folder), params, config, tokenizer)
+    return Model(str(folder), params, config, tokenizer, how)
 
 
 SEEDS = 2**32  # how many there are: what both numpy and jax can take
@@ -179,9 +190,10 @@ class Fit:
             raise ValueError(f"--fsdp {options.fsdp} x --tensor {options.tensor} does not divide {devices} devices")
         self.mesh = sharding.make_mesh(devices // split, options.fsdp, options.tensor)
         hold, parts = devices // options.tensor, options.microbatches
-        if options.batch_size % (hold * parts):
+        self.parts = hold * parts  # that the rows of a batch are split into
+        if options.batch_size % self.parts:
             raise ValueError(
-                f"--batch-size {options.batch_size} must be a multiple of {hold * parts}: its rows are split over "
+                f"--batch-size {options.batch_size} must be a multiple of {self.parts}: its rows are split over "
                 f"{hold} devices and {parts} microbatches"
             )
         self.updates = self.steps * getattr(options, "updates", 1)

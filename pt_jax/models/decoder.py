@@ -333,4 +333,5 @@ class Bound(NamedTuple):
 @functools.cache
 def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
-    return Bound(functools.partial(apply, config, how=how), functools.partial(caches.init_cache, config))
+    init_cache = functools.partial(caches.init_cache, config, dtype=jnp.dtype(how.dtype or jnp.float32))
+    return Bound(functools.partial(apply, config, how=how), init_cache)

@@ -361,6 +361,7 @@ def test_the_options_that_are_not_above_are_known():
         "model", "data", "out", "overwrite", "epochs", "microbatches", "fsdp", "tensor", "log_every", "max_length",
         "clip_low", "clip_high", "eval_data", "eval_every", *EFFECTS["sft"],
         "lora_rank", *adapters.FLAGS,  # test_adapters.py
+        "remat", "dtype", "packing",  # test_execution.py
     }  # fmt: skip
     for command, (_, kind, _) in COMMANDS.items():
         assert {f.name for f in dataclasses.fields(kind)} <= elsewhere | set(EFFECTS[command])

@@ -1,0 +1,107 @@
+"""``--remat``, ``--dtype`` and ``--packing``: less memory, 16-bit products and fewer rows, for the same training."""
+
+import jax
+import numpy as np
+import pytest
+
+from pt_jax import models
+from pt_jax.commands import common, dpo, grpo, sft
+from pt_jax.data import rows
+from pt_jax.recipes import sft as recipe
+
+BASE = {"steps": 2, "batch_size": 8, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def train(folder, data, tmp_path_factory):
+    """(options) -> (parameters, what the command returned), each run once."""
+    done = {}
+
+    def run(**options):
+        name = str(sorted(options.items()))
+        if name not in done:
+            out = tmp_path_factory.mktemp("runs") / "out"
+            said = sft.run(
+                sft.SFT(**{"model": str(folder), "data": data["completion"], "out": str(out)} | BASE | options)
+            )
+            done[name] = models.load(out)[0], said
+        return done[name]
+
+    return run
+
+
+def furthest(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+# ---- how a model is computed
+
+
+def test_recomputing_changes_no_result(train):
+    assert furthest(train(remat="layer")[0], train()[0]) < 2e-5
+
+
+def test_a_run_in_bfloat16_is_near_and_keeps_its_parameters_in_float32(train):
+    (plain, _), (coarse, _) = train(), train(dtype="bfloat16")
+    assert 0 < furthest(coarse, plain) < 0.04 and {x.dtype for x in jax.tree.leaves(coarse)} == {np.dtype(np.float32)}
+
+
+def test_the_options_reach_the_model(folder):
+    options = sft.SFT(model=str(folder), data="", out="", remat="layer", dtype="bfloat16")
+    for how, recomputes, dtype in [(options.execution, True, "bfloat16"), (models.Execution(), False, "float32")]:
+        model = common.open_model(options.model, options.quantize, how)
+        assert model.init_cache(1, 2)["k"].dtype == dtype
+        logits = lambda p, model=model: model.apply(p, np.zeros((1, 3), np.int32), np.ones((1, 3), bool))[0]
+        assert jax.eval_shape(logits, model.params).dtype == dtype
+        program = jax.make_jaxpr(jax.grad(lambda p, logits=logits: logits(p).astype(np.float32).sum()))(model.params)
+        assert ("remat" in str(program)) == recomputes
+
+
+@pytest.mark.parametrize("module", [sft, dpo, grpo])
+def test_every_command_opens_its_model_so(folder, data, tmp_path, monkeypatch, module):
+    asked = []
+    monkeypatch.setattr(common, "open_model", lambda *args: asked.append(args) or 1 / 0)
+    name, kind = {sft: ("SFT", "completion"), dpo: ("DPO", "preference"), grpo: ("GRPO", "question")}[module]
+    more = {"reward": "number"} if module is grpo else {}
+    options = getattr(module, name)(
+        model=str(folder), data=data[kind], out=str(tmp_path / "out"), remat="dots", dtype="bfloat16", **BASE, **more
+    )
+    with pytest.raises(ZeroDivisionError):
+        module.run(options)
+    assert asked == [(str(folder), None, models.Execution(remat="dots", dtype="bfloat16"))]
+
+
+# ---- packing
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """Questions of very different lengths."""
+    file = tmp_path_factory.mktemp("data") / "ragged.jsonl"
+    lines = [{"prompt": "what is " + "very " * (5 * (i % 4 == 0)), "completion": "x" * (1 + i % 3)} for i in range(16)]
+    rows.write_jsonl(file, lines)
+    return str(file)
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_packing_makes_fewer_rows_and_the_same_model(train, ragged, monkeypatch, mean):
+    shapes, make = set(), recipe.make_packed_batch
+
+    def recorded(*args, **kwargs):
+        batch = make(*args, **kwargs)
+        shapes.add(batch["tokens"].shape)
+        return batch
+
+    monkeypatch.setattr(recipe, "make_packed_batch", recorded)
+    options = {"batch_size": 16, "mean": mean, "data": ragged}
+    (apart, said), (packed, said_of_packed) = train(**options), train(packing=True, **options)
+    assert {shape[0] for shape in shapes} == {8}  # one shape, so one trace
+    assert furthest(packed, apart) < 2e-5 and said["num_tokens"] == said_of_packed["num_tokens"]
+    np.testing.assert_allclose(said_of_packed["loss"], said["loss"], rtol=1e-4)
+    assert 0.4 < said_of_packed["packing/filled"] <= 1 and "packing/filled" not in said
+
+
+def test_packed_rows_are_dealt_to_devices_and_microbatches(train, ragged):
+    """Sixteen rows, of which half or more are empty."""
+    options = {"packing": True, "batch_size": 16, "data": ragged, "mean": "sequence"}
+    assert furthest(train(**options)[0], train(**options, microbatches=2)[0]) < 2e-5
