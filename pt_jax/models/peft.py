@@ -144,9 +144,11 @@ def load(path, config: Config, params=None):
     if config.tied:
         reader.tied(config, adapters, fields)
     reader.copies(config, params)
-    if reader.left or not adapters:
-        which = f"{PREFIX}{min(reader.left)} is" if reader.left else "holds nothing that is"
-        raise ValueError(f"{file}: {which} of no product of this {config.family}; is the adapter of another model?")
+    if reader.left:
+        name = f"{PREFIX}{min(reader.left)}"
+        raise ValueError(f"{file}: {name} is of no product of this {config.family}; is the adapter of another model?")
+    if not adapters:
+        raise ValueError(f"{file}: holds no adapter")
     return unflatten_dict(adapters), _adapter(fields, ranks)
 
 

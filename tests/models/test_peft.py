@@ -137,7 +137,7 @@ BAD = {
                          r"layers.3.self_attn.k_proj.lora_B.weight is of no product"),
     "other names": (lambda f: rewritten(f, lambda x: x.update({KEY.removeprefix("base_model."): x.pop(KEY)})),
                     r"model.model.layers.1.self_attn.k_proj.lora_B.weight does not begin with base_model.model."),
-    "nothing": (lambda f: rewritten(f, lambda x: x.clear()), "holds nothing that is of no product|holds nothing"),
+    "nothing": (lambda f: rewritten(f, lambda x: x.clear()), "adapter_model.safetensors: holds no adapter"),
     "no magnitudes": (lambda f: changed(f, use_dora=True), "lacks base_model.model.*lora_magnitude_vector"),
 }  # fmt: skip
 
@@ -178,7 +178,9 @@ def test_what_peft_could_not_read_is_not_written(tmp_path, config, how, message)
 
 
 def test_adapters_of_another_record_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"adapters\['layers/\w+/a'\] is \(3, .*2\); the model and the adapter ask for"):
+    with pytest.raises(
+        ValueError, match=r"adapters\['layers/\w+/a'\] is \(3, .*2\); the model and the adapter ask for"
+    ):
         peft.save(tmp_path / "a", trained(QWEN, HOW), QWEN, lora.Adapter(rank=5), base="x")
     assert not [*tmp_path.iterdir()]
 
