@@ -19,7 +19,8 @@ torch.set_num_threads(1)
 VOCAB, PAD = 37, 0
 FIRST = {family: next(case for case in CASES if CASES[case][0] == family) for family, _ in CASES.values()}
 SCORED = {family: case for family, case in FIRST.items() if families.FAMILIES[family].classifier}
-EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # torch's grouped product wants multiples of 16 bytes
+# torch's grouped product wants multiples of 16 bytes
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LENGTHS = (9, 4, 1, 7)
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}, static_argnums=0)
