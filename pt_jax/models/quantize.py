@@ -320,7 +320,7 @@ def _axes(equation, letters):
 
 
 def _normal(scale):
-    """0 where a machine that drops subnormal numbers would divide by 0."""
+    """0 where it is subnormal: some machines drop these, others have few digits of them."""
     return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
 
 

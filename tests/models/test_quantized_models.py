@@ -22,10 +22,10 @@ DENSE = Config(
     vocab=31, layers=3, width=66, heads=3, kv_heads=1, head_width=10, hidden=65, eps=1e-2, qkv_bias=True, mlp_bias=True
 )
 MIXED = dataclasses.replace(
-    DENSE, layers=4, mlp_bias=False, tied=False, experts=5, experts_per_token=2, expert_hidden=26,
-    expert_layers=(False, True, True, False), shared_hidden=13, router_bias=True,
+    DENSE, mlp_bias=False, tied=False, experts=5, experts_per_token=2, expert_hidden=26,
+    expert_layers=(False, True, True), shared_hidden=13, router_bias=True,
 )  # fmt: skip
-MODELS = pytest.mark.parametrize("config", [DENSE, MIXED], ids=["dense", "mixed"])
+EXPERTS = dataclasses.replace(MIXED, layers=2, expert_layers=(), qkv_bias=False)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: decoder.apply(config, *a)[0], static_argnums=0)
 
@@ -67,8 +67,11 @@ def size(tree):
 # ---- what is computed
 
 
-@ALL
-@MODELS
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [(DENSE, int8), (DENSE, nf4), (DENSE, nf4_double), (MIXED, nf4_double)],
+    ids=["int8", "nf4", "nf4_double", "mixed, double"],
+)
 def test_the_logits_are_those_of_the_dequantised_weights(config, how):
     (small, full), (tokens, seen) = quantized(config, how), batch()
     got, expected = (np.asarray(forward(config, p, tokens, seen))[seen] for p in (small, full))
@@ -78,7 +81,7 @@ def test_the_logits_are_those_of_the_dequantised_weights(config, how):
     assert 1e-3 < distance < (0.05 if how is int8 else 0.6)  # random weights: no model is as sensitive
 
 
-@ALL
+@pytest.mark.parametrize("how", [int8, nf4_double], ids=["int8", "nf4_double"])
 def test_a_tied_embedding_is_looked_up_and_multiplied_in_few_bits(how):
     small, full = quantized(DENSE, how, ("embed", "down"))
     assert isinstance(small["embed"], linear.Weight) and not isinstance(small["layers"]["wq"], linear.Weight)
@@ -100,10 +103,9 @@ def loss(config, how, norm, small, tokens, seen):
 
 @pytest.mark.parametrize(
     ("config", "how", "remat"),
-    [(DENSE, int8, "none"), (DENSE, nf4, "layer"), (DENSE, int8, "dots"), (MIXED, int8, "none"),
-     (MIXED, nf4_double, "layer")],
-    ids=["int8", "nf4, layer", "int8, dots", "mixed, int8", "mixed, double, layer"],
-)  # fmt: skip
+    [(DENSE, int8, "none"), (DENSE, nf4, "layer"), (EXPERTS, int8, "dots")],
+    ids=["int8", "nf4, layer", "experts, int8, dots"],
+)
 def test_gradients_go_through_to_what_is_trained(config, how, remat):
     (small, full), (tokens, seen) = quantized(config, how), batch()
     gradient = jit(jax.value_and_grad(functools.partial(loss, config, Execution(remat=remat))))
@@ -112,9 +114,8 @@ def test_gradients_go_through_to_what_is_trained(config, how, remat):
         near(got, expected, 1e-4)
 
 
-@pytest.mark.parametrize("how", [int8, nf4_double], ids=["int8", "nf4_double"])
-def test_sampling_draws_the_texts_of_the_dequantised_weights(how):
-    (small, full), bound = quantized(DENSE, how), bind(DENSE)
+def test_sampling_draws_the_texts_of_the_dequantised_weights():
+    (small, full), bound = quantized(DENSE, nf4_double), bind(DENSE)
     prompts, seen = batch((5, 3))
     one, other = (
         sample(
@@ -146,7 +147,7 @@ def test_the_layers_take_few_bits_a_weight(how, bits):
 WIDE = Config(vocab=16, layers=2, width=128, heads=2, kv_heads=1, head_width=64, hidden=256)
 
 
-@pytest.mark.parametrize(("how", "remat"), [(int8, "none"), (nf4, "none"), (nf4_double, "layer"), (nf4_double, "dots")])
+@pytest.mark.parametrize(("how", "remat"), [(int8, "none"), (nf4, "none"), (nf4_double, "dots")])
 def test_no_more_than_a_layer_is_ever_there_in_full(how, remat):
     """What a step needs beside its arguments grows with depth by activations, not by weights."""
 
@@ -189,13 +190,10 @@ def nll(config, params, batch):
     return -jnp.where(seen[:, 1:] & seen[:, :-1], logps, 0).sum() / 10
 
 
-EXPERTS_TOO = ("w?", "gate", "up", "down", "expert_*", "shared_*")
-
-
 @pytest.mark.parametrize(
     ("config", "how", "adapter"),
     [(DENSE, int8, lora.Adapter(rank=3)), (DENSE, nf4_double, lora.Adapter(rank=3, dora=True)),
-     (MIXED, nf4, lora.Adapter(rank=2, targets=EXPERTS_TOO))],
+     (EXPERTS, nf4, lora.Adapter(rank=2, targets=("wq", "expert_*", "shared_up")))],
     ids=["int8", "double, dora", "experts, nf4"],
 )  # fmt: skip
 def test_an_adapter_over_few_bits_has_the_gradients_of_one_over_the_dequantised_weights(config, how, adapter):
@@ -203,7 +201,7 @@ def test_an_adapter_over_few_bits_has_the_gradients_of_one_over_the_dequantised_
     gradient = jit(jax.value_and_grad(lambda a, params: nll(config, lora.attach(params, a, adapter), batch())))
     (got, slopes), (expected, others) = gradient(of, small), gradient(of, full)
     near(got, expected)
-    assert len(jax.tree.leaves(slopes)) >= 14
+    assert len(jax.tree.leaves(slopes)) >= 10
     jax.tree.map(functools.partial(near, share=1e-4), slopes, others)
 
 
@@ -231,9 +229,11 @@ MIXTRAL = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("how", [int8, nf4_double], ids=["int8", "nf4_double"])
-@pytest.mark.parametrize("config", [QWEN3, MIXTRAL], ids=["qwen3", "mixtral"])
-@pytest.mark.parametrize("mesh", [None, (4, 2, 1)], ids=["one", "mesh"])
+@pytest.mark.parametrize(
+    ("how", "config", "mesh"),
+    [(int8, QWEN3, None), (nf4_double, QWEN3, (4, 2, 1)), (nf4_double, MIXTRAL, None), (int8, MIXTRAL, (4, 2, 1))],
+    ids=["qwen3, int8", "qwen3, double, mesh", "mixtral, double", "mixtral, int8, mesh"],
+)
 def test_a_folder_is_quantised_as_it_is_read(how, config, mesh, tmp_path, monkeypatch):
     """The same numbers as of the tree afterwards, and no stack of floats is ever there."""
     models.save(tmp_path / "model", weights(config), config)
@@ -251,7 +251,7 @@ def test_a_folder_is_quantised_as_it_is_read(how, config, mesh, tmp_path, monkey
     expected = quantized(config, how)[0]
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    stack = min(weights(config)["layers"][name].size for name in ("wq", "wo"))
+    stack = max(weights(config)["layers"][name].size for name in quantize.TARGETS if name in weights(config)["layers"])
     assert len(largest) > 20 and max(largest) < stack / 2
     if place is not None:
         jax.tree.map(lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)), got, place(got))
@@ -271,8 +271,7 @@ def test_a_quantised_tree_is_not_saved_as_a_model(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("how", [int8, nf4_double], ids=["int8", "nf4_double"])
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(("how", "mesh"), [(int8, (1, 8, 1)), (nf4_double, (2, 2, 2))], ids=["int8", "nf4_double"])
 def test_a_mesh_changes_no_logits_and_splits_what_is_kept(how, mesh):
     config = dataclasses.replace(DENSE, width=512, heads=4, kv_heads=2, head_width=16, hidden=512, layers=2, vocab=32)
     small = quantized(config, how)[0]
