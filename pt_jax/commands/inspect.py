@@ -22,20 +22,20 @@ class Inspect:
       model: model folder, or the name of a model in the cache of the Hugging Face hub.
       lora_rank: rank of the adapter to look at.
       lora_targets: patterns of the products that it adapts, such as wq "w[kv]" "expert_*"; all but experts by default.
-      lora_dora: whether it is DoRA, which trains the norms of the outputs too.
+      dora: whether it is DoRA, which trains the norms of the outputs too.
     """
 
     model: Positional[str]
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
-    lora_dora: bool = False
+    dora: bool = False
 
     def adapter(self) -> lora.Adapter | None:
         if self.lora_rank is None:
-            if self.lora_targets or self.lora_dora:
-                raise ValueError("--lora-targets and --lora-dora need --lora-rank")
+            if self.lora_targets or self.dora:
+                raise ValueError("--lora-targets and --dora need --lora-rank")
             return None
-        return lora.Adapter(rank=self.lora_rank, targets=self.lora_targets, dora=self.lora_dora)
+        return lora.Adapter(rank=self.lora_rank, targets=self.lora_targets, dora=self.dora)
 
 
 def run(options: Inspect) -> dict:

@@ -144,7 +144,7 @@ def test_a_config_of_other_tensors_is_refused_by_their_headers(broken, capsys, c
 
 
 def test_options_that_do_not_fit(folder, capsys):
-    assert "--lora-targets and --lora-dora need --lora-rank" in sentence(capsys, folder, "--lora-targets", "wq")
+    assert "--lora-targets and --dora need --lora-rank" in sentence(capsys, folder, "--lora-targets", "wq")
     assert "rank" in sentence(capsys, folder, "--lora-rank", "0")
     assert "'q_proj' matches none of the products" in sentence(
         capsys, folder, "--lora-rank", "2", "--lora-targets", "q_proj"
