@@ -111,7 +111,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
             batch, said = rollout(step)
             batch = fit.place(batch)
             if reference is not None:
-                batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"])})
+                batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"], batch["mask"])})
             for update in range(options.updates):
                 fit.state, metrics = fit.train_step(fit.state, fit.frozen, batch)
                 if update == 0:

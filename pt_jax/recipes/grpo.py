@@ -6,7 +6,7 @@ import numpy as np
 
 from pt_jax import advantages, divergences, logps, weights
 from pt_jax.objectives import clipped
-from pt_jax.sampling import Sampling, transform
+from pt_jax.sampling import Sampling, scored_logits
 
 
 def make_loss(apply, *, how: Sampling | None = None, kl=0.0, clip_low=0.2, clip_high=0.2):
@@ -29,8 +29,9 @@ def make_loss(apply, *, how: Sampling | None = None, kl=0.0, clip_low=0.2, clip_
     how = Sampling() if how is None else how
 
     def loss_fn(params, frozen, batch, key):
-        logits = transform(apply(params, batch["tokens"], batch["seen"])[0], how)
-        now, mask = logps.token_logps(logits, batch["tokens"]), batch["mask"]
+        tokens, seen, mask = (batch[name] for name in ("tokens", "seen", "mask"))
+        logits = scored_logits(apply(params, tokens, seen)[0], tokens, seen, mask, how)
+        now = logps.token_logps(logits, tokens)
         old = jnp.where(batch["fresh"][:, None], jax.lax.stop_gradient(now), batch["old_logps"])
         mean = lambda x: weights.weighted_sum(x, batch["weights"])
         clip = {"clip_low": clip_low, "clip_high": clip_high}

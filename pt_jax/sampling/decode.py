@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from pt_jax import checks
+from pt_jax.sampling import penalties
 from pt_jax.sampling.distribution import Sampling, draw, transform
 
 CHUNK = 16  # steps between two looks at whether any row goes on
@@ -71,6 +72,7 @@ class _State(NamedTuple):
     token: jax.Array
     alive: jax.Array
     done: jax.Array
+    history: penalties.History | None  # of all that was drawn and of the prompt
 
 
 def sample(
@@ -189,7 +191,18 @@ def _begun(program, params, prompts, seen, given, sized):
     zeros = partial(jnp.zeros, (program.length + CHUNK, rows))
     out = {"tokens": zeros(jnp.int32) + given.pad, "logps": zeros(), "alive": zeros(bool)}
     out |= {"entropies": zeros()} if program.entropies else {}
-    return _State(cache, out, jnp.repeat(prompts[:, -1], program.group), jnp.ones(rows, bool), jnp.int32(0))
+    token = jnp.repeat(prompts[:, -1], program.group)
+    vocab = vocabulary(program, params, given.how, cache, rows)
+    history = penalties.of_prompts(given.how, prompts, seen, vocab, program.group)
+    return _State(cache, out, token, jnp.ones(rows, bool), jnp.int32(0), history)
+
+
+def vocabulary(program, params, how, cache, rows) -> int | None:
+    """How many tokens the model knows, where ``how`` must be told; else the model is not traced for it."""
+    if not penalties.asks(how):
+        return None
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32), jax.ShapeDtypeStruct((rows, 1), jnp.bool_)
+    return jax.eval_shape(program.apply, params, *tokens, cache)[0].shape[-1]
 
 
 def row_keys(key, ids, group):
@@ -203,11 +216,12 @@ def _step(program, params, given, keys, state):
     n, alive = state.done, _going(state, given)
     logits, cache = program.apply(params, state.token[:, None], alive[:, None], state.cache)
     wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
-    now = spoken(logits[:, 0], given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted)
+    now = spoken(logits[:, 0], given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted, state.history)
     now = {name: jnp.where(alive, x, given.pad if name == "tokens" else 0) for name, x in now.items()}
     now["alive"] = alive
     write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
-    return _State(cache, {name: write(name) for name in state.out}, now["tokens"], alive, n + 1)
+    history = penalties.after(state.history, now["tokens"][:, None], alive[:, None], alive[:, None])
+    return _State(cache, {name: write(name) for name in state.out}, now["tokens"], alive, n + 1, history)
 
 
 def _going(state, given):
@@ -216,7 +230,7 @@ def _going(state, given):
     return state.alive & ~ended & (state.done < given.limits)
 
 
-def spoken(logits, how, index, keys, wanted) -> dict:
+def spoken(logits, how, index, keys, wanted, history=None) -> dict:
     """The next token of every row, and what there is to say of it.
 
     Args:
@@ -225,11 +239,12 @@ def spoken(logits, how, index, keys, wanted) -> dict:
       index: how many tokens of the completions were drawn before, [B] or a scalar.
       keys: [B] PRNG keys.
       wanted: [B] int32, tokens to take instead of drawing them; -1: draw.
+      history: what came before, for the penalties.
 
     Returns:
       tokens, logps and entropies, each [B].
     """
-    logits = transform(logits, how, index)
+    logits = transform(logits, how, index, history)
     tokens = jnp.where(wanted >= 0, wanted, draw(keys, logits))
     logps = jax.nn.log_softmax(logits)
     entropies = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0, logps), -1)

@@ -1,13 +1,17 @@
 """What distribution tokens are sampled from: one description, used by the sampler and by every scorer.
 
 An importance ratio is honest only when both sides speak of the same distribution. So the sampler draws from
-``softmax(transform(logits, how))``, and a loss that scores what was drawn takes the log-probabilities of the same.
+``softmax(transform(logits, how))``, and a loss that scores what was drawn takes the log-probabilities of the same:
+``scored_logits`` tells ``transform`` what came before each token of a whole row.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from pt_jax import checks
+from pt_jax.sampling import penalties
 
 
 @struct.dataclass
@@ -27,6 +31,9 @@ class Sampling:
       allowed: [V] bool, the tokens that may be drawn at all; or None.
       min_length: tokens that are drawn before one of ``end_tokens`` may be; or None.
       end_tokens: ids, for ``min_length``.
+      repetition_penalty: above 0, weakens the tokens of prompt and completion, ``penalties.repetition``; or None.
+      frequency_penalty: taken off for each time that a token is in the completion, ``penalties.frequency``; or None.
+      presence_penalty: taken off for the tokens of the completion, however often, ``penalties.presence``; or None.
     """
 
     temperature: float | jax.Array = 1.0
@@ -36,6 +43,9 @@ class Sampling:
     allowed: jax.Array | None = None
     min_length: int | jax.Array | None = None
     end_tokens: tuple[int, ...] | jax.Array | None = None
+    repetition_penalty: float | jax.Array | None = None
+    frequency_penalty: float | jax.Array | None = None
+    presence_penalty: float | jax.Array | None = None
 
     def check(self):
         """Fails with a sentence when a number that is known is out of range; returns itself."""
@@ -45,6 +55,9 @@ class Sampling:
             "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1"),
             "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),
             "min_length": (lambda x: x >= 0, "at least 0"),
+            "repetition_penalty": (lambda x: (x > 0) & (x < np.inf), "above 0 and finite"),
+            "frequency_penalty": (np.isfinite, "finite"),
+            "presence_penalty": (np.isfinite, "finite"),
         }
         for name, (good, expected) in rules.items():
             value = getattr(self, name)
@@ -56,40 +69,49 @@ class Sampling:
             raise ValueError("allowed forbids every token")
         return self
 
-    def of_rows(self, rows: int):
-        """The same with a number a row as [B, 1], beside logits [B, V].
+    def of_rows(self, rows: int, axes: int = 1):
+        """The same with a number a row as [B, 1], beside logits [B, V]; or with more ``axes`` behind B.
 
         >>> Sampling(temperature=jnp.array([0.5, 1.0])).of_rows(2).temperature.shape
         (2, 1)
         """
-        numbers = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "min_length")}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         for name, x in numbers.items():
             if x is not None and jnp.shape(x) not in ((), (rows,)):
                 raise ValueError(f"{name} has shape {jnp.shape(x)}; give one number, or one for each of {rows} rows")
         return self.replace(
-            **{name: jnp.reshape(x, (rows, 1)) for name, x in numbers.items() if x is not None and jnp.ndim(x)}
+            **{
+                name: jnp.reshape(x, (rows, *(1,) * axes))
+                for name, x in numbers.items()
+                if x is not None and jnp.ndim(x)
+            }
         )
 
 
 GREEDY = Sampling(temperature=0.0)
+NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "min_length", "repetition_penalty", "frequency_penalty",
+    "presence_penalty",
+)  # fmt: skip
 
 
-def transform(logits, how: Sampling, index=None):
+def transform(logits, how: Sampling, index=None, history=None):
     """Logits of the distribution that is sampled from: scaled by the temperature, -inf for what cannot be drawn.
 
-    top_k, top_p and min_p are each applied to the distribution that the temperature gives over the tokens that are
-    allowed, and a token must pass all.
+    Penalties come first, then what is forbidden, then the temperature. top_k, top_p and min_p are each applied to the
+    distribution that the temperature gives over the tokens that are allowed, and a token must pass all.
 
     Args:
       logits: [..., V], any float type.
       how: the description.
       index: how many tokens of the completion were drawn before, [...] or a scalar; ``min_length`` looks at it.
+      history: ``penalties.History`` of [..., V], what came before; the penalties look at it.
 
     Returns:
       [..., V] float32.
 
     Raises:
-      ValueError: a number of ``how`` is out of range, or ``min_length`` is not told the index.
+      ValueError: a number of ``how`` is out of range, ``min_length`` is not told the index, or a penalty the history.
 
     >>> logits = jnp.log(jnp.array([4.0, 3.0, 2.0, 1.0]))
     >>> print(jax.nn.softmax(transform(logits, Sampling(top_k=2))).round(3))
@@ -98,7 +120,8 @@ def transform(logits, how: Sampling, index=None):
     [0.552 0.31  0.138 0.   ]
     """
     how.check()
-    logits = _without_forbidden(logits.astype(jnp.float32), how, index)
+    logits = penalties.penalised(logits.astype(jnp.float32), how, history)
+    logits = _without_forbidden(logits, how, index)
     likeliest = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool)
     cold = jnp.asarray(how.temperature) == 0
     scaled = logits / jnp.where(cold, 1.0, how.temperature)
@@ -113,6 +136,48 @@ def transform(logits, how: Sampling, index=None):
     if how.min_p is not None:
         keep &= jax.nn.softmax(scaled) >= how.min_p * jnp.max(jax.nn.softmax(scaled), -1, keepdims=True)
     return jnp.where(keep | likeliest, scaled, -jnp.inf)
+
+
+def scored_logits(logits, tokens, seen, mask, how: Sampling):
+    """Logits of the distributions that the tokens of whole rows were sampled from, for those who score them.
+
+        out[b, t] = transform(logits[b, t], how, index, history of tokens[b, :t + 1])
+
+    What the sampler knows when it draws a token is worked out from the row: which tokens are there, how often each was
+    drawn, and how many were drawn. It costs nothing when ``how`` does not ask.
+
+    Args:
+      logits: [B, T, V], row t predicts token t + 1.
+      tokens: [B, T] int32, prompt and completion.
+      seen: [B, T] bool, False for padding.
+      mask: [B, T] bool, the tokens that were sampled; None will do where ``how`` does not ask what came before.
+      how: the description; its numbers may be [B], one a row.
+
+    Returns:
+      [B, T, V] float32, for ``logps.token_logps``.
+
+    Raises:
+      ValueError: as ``transform``; or ``how`` asks what came before, and there is no mask or a row holds several texts.
+
+    >>> how = Sampling(presence_penalty=1.0)
+    >>> tokens, seen = jnp.array([[1, 0, 0]]), jnp.ones((1, 3), bool)
+    >>> print(scored_logits(jnp.zeros((1, 3, 2)), tokens, seen, jnp.array([[False, True, True]]), how)[0])
+    [[ 0.  0.]
+     [-1.  0.]
+     [-1.  0.]]
+    """
+    checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
+    how = how.of_rows(len(tokens), axes=2)
+    if how.min_length is None and not penalties.asks(how):
+        return transform(logits, how)
+    if mask is None:
+        raise ValueError("min_length and penalties depend on which tokens were sampled; give the mask [B, T]")
+    checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T"), mask=(mask, "B T"))
+    if jnp.result_type(seen) != jnp.bool_:
+        raise ValueError("seen must be bool here: min_length and penalties do not know rows of several texts")
+    seen, mask = jnp.asarray(seen), jnp.asarray(mask, bool)
+    history = penalties.of_columns(how, jnp.asarray(tokens), seen, mask, logits.shape[-1])
+    return transform(logits, how, jnp.cumsum(mask, 1), history)
 
 
 def _without_forbidden(logits, how, index):

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pt_jax import checks
-from pt_jax.sampling.decode import Completions, check_prompts, repeat_rows, row_keys, spoken
+from pt_jax.sampling import penalties
+from pt_jax.sampling.decode import Completions, check_prompts, repeat_rows, row_keys, spoken, vocabulary
 from pt_jax.sampling.distribution import Sampling
 
 CHUNK = 4  # steps between two looks at which slots are free
@@ -41,6 +42,7 @@ class _State(NamedTuple):
     alive: jax.Array
     next: jax.Array  # prompt
     written: jax.Array  # columns of the cache, by all slots together
+    history: penalties.History | None
 
 
 def sample_queue(
@@ -95,19 +97,24 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
         cache=program.init_cache(slots, columns),
         out={name: jnp.full((jobs + 1, program.length), x) for name, x in names.items()},
         job=jnp.full(slots, jobs), done=jnp.zeros(slots, jnp.int32), token=jnp.zeros(slots, jnp.int32),
-        alive=jnp.zeros(slots, bool), next=jnp.int32(0), written=jnp.int32(0),
+        alive=jnp.zeros(slots, bool), next=jnp.int32(0), written=jnp.int32(0), history=None,
     )  # fmt: skip
+    vocab = vocabulary(program, params, how, state.cache, slots)
+    state = state._replace(history=penalties.empty(how, slots, vocab))
 
     def step(state, _):
         """Reads the last token of every slot and draws the next."""
         logits, cache = program.apply(params, state.token[:, None], state.alive[:, None], state.cache)
         of_row = jax.vmap(jax.random.fold_in)(keys[state.job], state.done)
-        now = spoken(logits[:, 0], how, state.done, of_row, jnp.full(slots, -1, jnp.int32)) | {"alive": state.alive}
+        now = spoken(logits[:, 0], how, state.done, of_row, jnp.full(slots, -1, jnp.int32), state.history)
+        now["alive"] = state.alive
         at = (jnp.where(state.alive, state.job, jobs), state.done)
         out = {name: x.at[at].set(now[name], mode="drop") for name, x in state.out.items()}
         done = state.done + state.alive
         alive = state.alive & ~jnp.isin(now["tokens"], ends) & (done < program.length)
-        return _State(cache, out, state.job, done, now["tokens"], alive, state.next, state.written + 1), None
+        drawn = now["tokens"][:, None], state.alive[:, None], state.alive[:, None]
+        history = penalties.after(state.history, *drawn)
+        return _State(cache, out, state.job, done, now["tokens"], alive, state.next, state.written + 1, history), None
 
     def refill(state):
         """The next prompts, in slots that are free: all of them is read but their last tokens."""
@@ -124,9 +131,11 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
         cache = _inserted(state.cache, cache, rows, program.init_cache, read, columns, (state.written - read) % columns)
         job = (which[:, None] * program.group + jnp.arange(program.group)[None]).reshape(-1)
         put = lambda x, new: x.at[rows].set(new, mode="drop")
+        history = penalties.of_prompts(how, prompts[given], seen[given], vocab, program.group)
         return state._replace(
             cache=cache, job=put(state.job, job), done=put(state.done, 0), alive=put(state.alive, True),
             token=put(state.token, jnp.repeat(prompts[given, -1], program.group)), next=state.next + program.prompts,
+            history=jax.tree.map(put, state.history, history),
         )  # fmt: skip
 
     def can_refill(state):

@@ -111,6 +111,23 @@ def test_the_sampler_and_the_trainer_agree_on_what_was_sampled(params, how):
     assert grpo.sampler_agreement(batch, metrics["logps"])["sampling/sampling_logp_difference/max"] > 1e-2
 
 
+def test_ratios_are_1_where_the_distribution_depends_on_what_was_said(params):
+    """The scorer works out of the row what the sampler knew of the tokens before; all options are on."""
+    how = WAYS["all"].replace(
+        min_length=3, end_tokens=jnp.array([END, 9]), repetition_penalty=1.3, frequency_penalty=0.2,
+        presence_penalty=0.4,
+    )  # fmt: skip
+    batch, out = rollout(params, how)
+    assert np.asarray(out.alive).sum(1).min() == 4 < LENGTH
+    _, metrics = step_of(2)(state_of(params, 0.0), (how, 0.0), batch)
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0
+    agreement = grpo.sampler_agreement(batch, metrics["logps"])
+    assert agreement["sampling/sampling_logp_difference/max"] < 1e-5
+    other = how.replace(repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, min_length=0)
+    _, metrics = step_of(2)(state_of(params, 0.0), (other, 0.0), batch)
+    assert grpo.sampler_agreement(batch, metrics["logps"])["sampling/sampling_logp_difference/max"] > 1e-2
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_the_second_update_compares_with_the_policy_that_sampled(params, microbatches):
     """A ratio that is 1 for ever never clips, and nothing in the loss would say so."""
