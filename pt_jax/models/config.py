@@ -139,6 +139,10 @@ class Config:
         for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_width", "hidden", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eps is None or self.eps < 0:
+            raise ValueError(f"eps must be at least 0, got {self.eps}")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction must be above 0 and at most 1, got {self.rope_fraction}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if not self.learned_positions and self.rope_width % 2:

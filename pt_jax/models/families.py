@@ -45,6 +45,7 @@ class Family:
       defaults: fields of config.json that the class fills in when the file lacks them.
       classifier: class of transformers for sequence classification; None where there is none.
       ignored: tensors of files that transformers passes over too, as a regular expression.
+      partial_rope: whether the class rotates ``partial_rotary_factor`` of a head.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Family:
     defaults: dict = dataclasses.field(default_factory=dict)
     classifier: str | None = None
     ignored: str | None = None
+    partial_rope: bool = False
 
     def parts(self, config: Config) -> Iterator[Part]:
         """The tensors of all layers, one by one."""
@@ -326,6 +328,7 @@ FAMILIES = {
         layer=names.PHI3,
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         classifier="Phi3ForSequenceClassification",
+        partial_rope=True,
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -39,19 +39,35 @@ def activation(fields, *names):
     return ACTIVATIONS[fields.get(name) or "silu"]
 
 
-def rope(fields: Fields) -> dict:
-    """Rotary positions, from the fields of transformers 5 (``rope_parameters``) or 4 (``rope_theta`` and others)."""
-    given = fields.get("rope_parameters") or {}
+def rope(fields: Fields, *, partial: bool) -> dict:
+    """Rotary positions, from the fields of transformers 5 (``rope_parameters``) or 4 (``rope_theta`` and others).
+
+    Args:
+      fields: of config.json. ``rope_scaling`` comes before ``rope_parameters``, as in transformers: people add it.
+      partial: whether the family rotates a share of a head; the others' classes pass over that field.
+    """
+    given, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
     if "full_attention" in given:
-        given = given["full_attention"]
-    elif not given:
-        given = (fields.get("rope_scaling") or {}) | {"rope_theta": fields.get("rope_theta") or 10_000.0}
+        local = Fields(given.get("sliding_attention") or {}, f"{fields.file}: rope_parameters: sliding_attention")
+        for name in ("rope_type", "type"):
+            local.must_be(name, "default")
+        given = given["full_attention"] | scaling
+    elif scaling or not given:
+        theta = fields.get("rope_theta") or 10_000.0
+        if "rope_theta" not in scaling and given.get("rope_theta", theta) != theta:
+            raise ValueError(
+                f"{fields.file}: rope_scaling comes before rope_parameters and has no rope_theta, which there is "
+                f"{given['rope_theta']}; write it into rope_scaling too"
+            )
+        given = {"rope_theta": theta} | scaling
     given = Fields(given, f"{fields.file}: rope_parameters")
     kind = given.get("rope_type", given.get("type", "default"))
-    fraction = given.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
+    given.setdefault("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if not partial:
+        given.must_be("partial_rotary_factor", 1)
     return {
         "rope_base": float(given.need("rope_theta")),
-        "rope_fraction": float(fraction),
+        "rope_fraction": float(given["partial_rotary_factor"] or 1),
         "rope_scaling": _scaling("longrope" if kind == "su" else kind, given, fields),
     }
 

@@ -120,8 +120,9 @@ def read_config(path) -> Config:
     generation = folder / "generation_config.json"
     ends = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", given.get("eos_token_id"))
     fields = Fields(family.defaults | given, file)
-    common = _gpt2_names(fields) if name == "gpt2" else _common(fields)
+    fields.must_be("is_causal", True)
     try:
+        common = _gpt2_names(fields) if name == "gpt2" else _common(fields, family)
         return Config(
             family=name,
             bos_token=fields.get("bos_token_id"),
@@ -152,7 +153,7 @@ def _head(fields, family):
     return "score"
 
 
-def _common(fields) -> dict:
+def _common(fields, family) -> dict:
     heads, width = fields.need("num_attention_heads"), fields.need("hidden_size")
     out = {
         "vocab": fields.need("vocab_size"),
@@ -166,7 +167,7 @@ def _common(fields) -> dict:
         "eps": fields.get("rms_norm_eps", 1e-6),
         "activation": activation(fields, "hidden_act"),
     }
-    return out | rope(fields)
+    return out | rope(fields, partial=family.partial_rope)
 
 
 def _gpt2_names(fields) -> dict:

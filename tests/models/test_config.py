@@ -26,6 +26,12 @@ def test_an_odd_head_is_refused():
         Config(**SIZES | {"head_width": 5})
 
 
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_a_share_of_a_head_is_a_share(fraction):
+    with pytest.raises(ValueError, match=rf"^rope_fraction must be above 0 and at most 1, got {fraction}$"):
+        Config(**SIZES, rope_fraction=fraction)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 def test_every_divisor_of_the_heads_is_taken_and_the_width_need_not_be_theirs(kv_heads):
     assert Config(**SIZES | {"kv_heads": kv_heads}).kv_heads == kv_heads

@@ -294,6 +294,7 @@ def test_a_family_that_is_not_known(folder, family):
     refused(folder, "model_type", str(family), "llama, mistral")
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 UNKNOWN = {"rope_type": "proportional", "rope_theta": 5e5, "factor": 8.0}
 
 
@@ -304,6 +305,22 @@ UNKNOWN = {"rope_type": "proportional", "rope_theta": 5e5, "factor": 8.0}
         ({"rope_parameters": None, "rope_scaling": {"type": "ntk"}}, ["rope_type is 'ntk'"]),
         ({"hidden_act": "relu"}, ["hidden_act is 'relu'; only 'silu' or .* is computed"]),
         ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types holds 'linear_attention'"]),
+        # the classes of transformers pass over it, so neither rotating a share nor all would be what was meant
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5; only 1 is computed"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor is 0.5"]),
+        ({"is_causal": False}, ["is_causal is False; only True is computed"]),
+        ({"rms_norm_eps": None}, ["eps must be at least 0, got None"]),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e4},
+                    "sliding_attention": {"rope_theta": 1e4} | LINEAR,
+                },
+            },
+            ["sliding_attention: rope_type is 'linear'; only 'default' is computed"],
+        ),
+        ({"rope_parameters": {"rope_theta": 7e4}, "rope_scaling": LINEAR}, ["has no rope_theta, which there is 70000"]),
     ],
     ids=str,
 )
@@ -336,9 +353,23 @@ def test_fields_of_transformers_4_are_those_of_5(folder, rope):
     assert old.rope_base == 3e4 and (old.rope_scaling is None) == (rope is None)
 
 
+def test_a_scaling_that_was_added_to_a_new_file_is_computed(folder):
+    """As the cards of models ask for; transformers takes it before rope_parameters."""
+    plain = {"rope_type": "default", "rope_theta": 3e4}
+    for added in (LINEAR | {"rope_theta": 3e4}, LINEAR):
+        fields = SMALL | {"rope_parameters": plain, "rope_theta": 3e4, "rope_scaling": added}
+        config = read_config(write(folder, fields))
+        assert config.rope_scaling.kind == "linear" and config.rope_base == 3e4
+
+
 def test_biases_that_the_config_announces_are_needed(folder):
     """transformers would initialise them to 0."""
     refused(write(folder, SMALL | {"attention_bias": True}), "lack the tensor .*q_proj.bias")
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_a_field_of_another_form(folder, field):
+    refused(write(folder, SMALL | {field: "many"}, tensors_of(SMALL)), r"config\.json")
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
