@@ -123,23 +123,23 @@ def of_mask(name: str, visible, *, scale, softcap=None):
 
 
 def of_cache(name: str, visible, *, scale, softcap=None):
-    """Attention of a few queries to the keys and values of a cache [B, k, S, c]; otherwise as ``of_mask``."""
+    """Attention of a few queries to the keys [B, k, c, S] and values [B, k, S, c] of a cache; else as ``of_mask``."""
     if name == "cudnn":
         compute = functools.partial(jax.nn.dot_product_attention, mask=visible, scale=scale, implementation="cudnn")
-        return lambda q, k, v: compute(q, *(x.swapaxes(1, 2).astype(q.dtype) for x in (k, v)))
+        return lambda q, k, v: compute(q, jnp.moveaxis(k, 3, 1).astype(q.dtype), v.swapaxes(1, 2).astype(q.dtype))
     return functools.partial(_cached, visible=visible, scale=scale, softcap=softcap)
 
 
 def _cached(q, k, v, *, visible, scale, softcap):
-    """The queries of the heads that share keys are the rows of one product, and a head's keys lie side by side:
+    """The queries of the heads that share keys are the rows of one product, and the keys lie as it wants them.
 
-    XLA's products over [B, S, k, c] take three times as long on a CPU, with queries and heads as two axes twice.
+    XLA's products over keys and values [B, S, k, c] take three times as long on a CPU.
     """
     B, T, heads, width = q.shape
     groups = k.shape[1]
     shape = (B, groups, T, heads // groups)
     q = q.reshape(B, T, groups, -1, width).swapaxes(1, 2).reshape(B, groups, -1, width)
-    scores = jnp.einsum("bkxc,bksc->bkxs", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bkxc,bkcs->bkxs", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible[:, :, :, None], scores.reshape(*shape, -1), jnp.finfo(jnp.float32).min)

@@ -1,6 +1,7 @@
 """What a decoder remembers of the tokens before: keys and values, and where each stands in its row's text.
 
-    k, v       [L, B, k, S, c]: a head's keys lie side by side, which a product with one query reads fastest
+    k          [L, B, k, c, S]: the same number of all of a head's keys side by side, and
+    v          [L, B, k, S, c]: as a product with one query a head reads them fastest
     position   [B, S] int32 of each key in its text, -1 where none is seen
     count      [B] int32, tokens seen so far: the position of the next
     end        int32, columns written so far; the next one is written to column end mod S
@@ -27,9 +28,10 @@ def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32) -> dic
       length: S.
       dtype: of keys and values.
     """
-    kv = jnp.zeros((config.layers, rows, config.kv_heads, length, config.head_width), dtype)
+    heads, width = (config.layers, rows, config.kv_heads), config.head_width
     cache = {
-        "k": kv, "v": kv, "position": jnp.full((rows, length), -1, jnp.int32), "count": jnp.zeros(rows, jnp.int32),
+        "k": jnp.zeros((*heads, width, length), dtype), "v": jnp.zeros((*heads, length, width), dtype),
+        "position": jnp.full((rows, length), -1, jnp.int32), "count": jnp.zeros(rows, jnp.int32),
         "end": jnp.int32(0), "room": jnp.zeros((length, 0)),
     }  # fmt: skip
     if config.experts:
@@ -65,18 +67,19 @@ def begin(cache, seen):
     return start, view, cache | {"position": keys[:, 0, 0], "count": count[:, -1], "end": cache["end"] + T}
 
 
-def append(stack, new, layer, start):
+def append(stack, new, layer, start, axis):
     """Keys or values of a layer with new ones in their columns.
 
     Args:
-      stack: [L, B, k, S, c]; it should be a loop's own, to be changed in place.
+      stack: "k" or "v" of the cache; it should be a loop's own, to be changed in place.
       new: [B, T, k, c].
       layer: which of L.
       start: the first column.
+      axis: of the stack, that of S.
 
     Returns:
-      The stack, and the layer's part of it [B, k, S, c].
+      The stack, and the layer's part of it.
     """
-    new = new.swapaxes(1, 2)[None].astype(stack.dtype)
-    stack = jax.lax.dynamic_update_slice(stack, new, (layer, 0, 0, start, 0))
+    at = [start if i == axis else 0 for i in range(1, stack.ndim)]
+    stack = jax.lax.dynamic_update_slice(stack, jnp.moveaxis(new, 1, axis - 1)[None].astype(stack.dtype), (layer, *at))
     return stack, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)

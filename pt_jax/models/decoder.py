@@ -157,7 +157,7 @@ def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
             x, *kv = carry
             q, k, v = _qkv(config, w, x, rotation)
             if kv:
-                kv, (k, v) = zip(*(caches.append(stack, new, i, start) for stack, new in zip(kv, (k, v))))
+                kv, (k, v) = zip(*(caches.append(*each, i, start, axis) for *each, axis in zip(kv, (k, v), (4, 3))))
             x, routing = _finish(config, w, x, look(q, k, v), run.has_experts, route)
             return (x, *kv), routing
 

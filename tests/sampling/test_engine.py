@@ -93,10 +93,10 @@ def test_any_length_has_the_beginning_of_a_longer_one(base, length):
 
 def test_a_cache_that_grows_is_a_cache_that_is_large_from_the_start(base, monkeypatch):
     chunk = decode._chunk(N)
-    assert chunk * 4 == N and decode._rooms(4, 44, chunk) == [44]
+    assert chunk * 4 == N and decode.rooms_of(4, 44, chunk) == [44]
     for other in ([14, 24, 34, 44], [24, 44]):
         jax.clear_caches()
-        monkeypatch.setattr(decode, "_rooms", lambda *_, other=other: other)
+        monkeypatch.setattr(decode, "rooms_of", lambda *_, other=other: other)
         out = completions()
         np.testing.assert_array_equal(out.tokens, base.tokens)
         np.testing.assert_allclose(out.logps, base.logps, rtol=0, atol=1e-5)
@@ -108,7 +108,7 @@ def test_rooms_hold_whole_chunks_and_are_few(read, steps):
     chunk = decode._chunk(steps)
     assert chunk <= decode.CHUNK and -steps % chunk <= chunk / 2
     whole = read + chunk * -(-steps // chunk)
-    rooms = decode._rooms(read, whole, chunk)
+    rooms = decode.rooms_of(read, whole, chunk)
     assert rooms[-1] == whole and rooms == sorted(set(rooms)) and len(rooms) < 10
     assert all((b - a) % chunk == 0 for a, b in zip([read, *rooms], rooms))
 
@@ -116,7 +116,7 @@ def test_rooms_hold_whole_chunks_and_are_few(read, steps):
 def test_what_is_kept_of_the_cache_is_that_of_the_training_array():
     out = completions(keep=("position", "k"))
     tokens = PROMPTS.shape[1] + N
-    assert out.kept["position"].shape == (ROWS, tokens) and out.kept["k"].shape == (2, ROWS, 2, tokens, 4)
+    assert out.kept["position"].shape == (ROWS, tokens) and out.kept["k"].shape == (2, ROWS, 2, 4, tokens)
     seen = np.concatenate([np.repeat(SEEN, G, 0), out.alive], 1)
     seen[:, -1] = False  # the last token is drawn and not read
     np.testing.assert_array_equal(out.kept["position"], np.where(seen, seen.cumsum(1) - 1, -1))
