@@ -39,6 +39,9 @@ def activation(fields, *names):
     return ACTIVATIONS[fields.get(name) or "silu"]
 
 
+ALIASES = {"phi3": {"su": "longrope", "yarn": "longrope"}}  # old names of a kind, of files of a family
+
+
 def rope(fields: Fields, *, partial: bool) -> dict:
     """Rotary positions, from the fields of transformers 5 (``rope_parameters``) or 4 (``rope_theta`` and others).
 
@@ -62,13 +65,14 @@ def rope(fields: Fields, *, partial: bool) -> dict:
         given = {"rope_theta": theta} | scaling
     given = Fields(given, f"{fields.file}: rope_parameters")
     kind = given.get("rope_type", given.get("type", "default"))
+    kind = ALIASES.get(fields.get("model_type"), {}).get(kind, kind)
     given.setdefault("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if not partial:
         given.must_be("partial_rotary_factor", 1)
     return {
         "rope_base": float(given.need("rope_theta")),
         "rope_fraction": float(given["partial_rotary_factor"] or 1),
-        "rope_scaling": _scaling("longrope" if kind == "su" else kind, given, fields),
+        "rope_scaling": _scaling(kind, given, fields),
     }
 
 
@@ -79,8 +83,8 @@ def _scaling(kind, given, fields):
         return RopeScaling("linear", float(given.need("factor")))
     if kind == "dynamic":
         return RopeScaling("dynamic", float(given.need("factor")), fields.need("max_position_embeddings"))
-    original = given.get("original_max_position_embeddings", fields.get("original_max_position_embeddings"))
-    original = original or fields.need("max_position_embeddings")
+    name = "original_max_position_embeddings"  # beside rope_parameters it counts before the one within
+    original = fields.get(name) or given.get(name) or fields.need("max_position_embeddings")
     factor = float(given.get("factor") or fields.need("max_position_embeddings") / original)
     if kind == "llama3":
         low, high = float(given.need("low_freq_factor")), float(given.need("high_freq_factor"))

@@ -362,6 +362,25 @@ def test_a_scaling_that_was_added_to_a_new_file_is_computed(folder):
         assert config.rope_scaling.kind == "linear" and config.rope_base == 3e4
 
 
+PHI3 = SMALL | {"model_type": "phi3", "head_dim": 8, "max_position_embeddings": 64}
+LONGROPE = {"type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("old", ["su", "yarn"])
+def test_old_names_of_the_scaling_of_phi3(folder, old):
+    config = read_config(write(folder, PHI3 | {"rope_scaling": LONGROPE | {"type": old}}, {}))
+    assert config.rope_scaling.kind == "longrope" and config.rope_scaling.long == (2.0,) * 4
+
+
+@pytest.mark.parametrize(("beside", "within", "taken"), [(16, 8, 16), (16, None, 16), (None, 8, 8), (None, None, 64)])
+def test_which_length_of_before_counts(folder, beside, within, taken):
+    """As transformers has it."""
+    name = "original_max_position_embeddings"
+    rope = LONGROPE | {"type": "longrope", name: within}
+    fields = SMALL | {"max_position_embeddings": 64, "head_dim": 8, "rope_parameters": None, "rope_scaling": rope}
+    assert read_config(write(folder, fields | {name: beside}, {})).rope_scaling.original == taken
+
+
 def test_biases_that_the_config_announces_are_needed(folder):
     """transformers would initialise them to 0."""
     refused(write(folder, SMALL | {"attention_bias": True}), "lack the tensor .*q_proj.bias")
