@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,8 +10,10 @@ from tyro.conf import Positional
 
 from pt_jax import checks
 from pt_jax.commands import common
-from pt_jax.data import encode, rows
-from pt_jax.sampling import Sampling, text
+from pt_jax.data import encode, rows, tokenizers
+from pt_jax.sampling import Sampling, sample, sample_until, stream, text
+
+PENALTIES = ("repetition", "frequency", "presence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,10 @@ class Talking:
       top_k: sample from the k likeliest tokens only.
       top_p: sample from the likeliest tokens that together have this probability.
       min_p: sample from the tokens of at least this share of the likeliest one's probability.
+      repetition_penalty: above 1, makes tokens of the prompt and the answer so far less likely.
+      frequency_penalty: taken off the logit of a token for each time that it is in the answer so far.
+      presence_penalty: taken off the logits of all tokens that are in the answer so far.
+      stop: texts that end an answer; it is cut off before them.
       seed: of the samples.
     """
 
@@ -31,11 +38,18 @@ class Talking:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def sampling(self) -> Sampling:
         common.check_numbers(self, above_0=("max_new_tokens",), seed=(0, common.SEEDS))
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p).check()
+        if not all(self.stop):
+            raise ValueError("--stop is empty; give the text that ends an answer")
+        names = ("temperature", "top_k", "top_p", "min_p", *(f"{x}_penalty" for x in PENALTIES))
+        return Sampling(**{name: getattr(self, name) for name in names}).check()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,18 +93,28 @@ def generate(options: Generate) -> list[str]:
     model.check_length(tokens, "--prompt", room=options.max_new_tokens)
     if not len(tokens):
         raise ValueError("--prompt is empty, and the tokenizer puts no token in front; give some text")
+    sampler = partial(sample, **_settings(model, options, how, chat=options.chat))
+    if options.stop:
+        sampler = partial(sample_until, **sampler.keywords, until=text.stop_at(model.tokenizer, options.stop))
     return text.complete(
-        model.sampler(options.max_new_tokens, how), model.params, model.tokenizer, [tokens],
-        jax.random.key(options.seed), pad_token=model.pad_token, group=options.samples,
+        sampler, model.params, model.tokenizer, [tokens], jax.random.key(options.seed),
+        pad_token=model.pad_token, group=options.samples, stop=options.stop,
     )  # fmt: skip
 
 
+def _settings(model, options, how, chat: bool) -> dict:
+    """Those of the sampler; a turn of a conversation ends with what ends it in the template, too."""
+    settings = model.sampler(options.max_new_tokens, how).keywords
+    ends = {*settings["end_tokens"], *(tokenizers.turn_ends(model.tokenizer) if chat else ())}
+    return settings | {"end_tokens": tuple(sorted(ends))}
+
+
 def chat(options: Chat, ask=input) -> list[dict]:
-    """Reads the user's turns with ``ask``, prints the answers, and returns the conversation."""
+    """Reads the user's turns with ``ask``, prints the answers as they come, and returns the conversation."""
     how = options.sampling()
     rows.check_characters(options.system or "", "--system")
     model = common.open_model(options.model)
-    sampler = model.sampler(options.max_new_tokens, how)
+    streamer = partial(stream, **_settings(model, options, how, chat=True))
     key = jax.random.key(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     # refused now, not after the first question
@@ -110,9 +134,20 @@ def chat(options: Chat, ask=input) -> list[dict]:
         except ValueError as e:  # what was said stays out of it
             print(e, file=sys.stderr)
             continue
-        answer = text.complete(
-            sampler, model.params, model.tokenizer, [np.asarray(tokens)],
-            jax.random.fold_in(key, len(turn)), pad_token=model.pad_token,
-        )[0]  # fmt: skip
-        print(f"model: {answer}")
+        parts = text.stream_texts(
+            streamer, model.params, model.tokenizer, [np.asarray(tokens)], jax.random.fold_in(key, len(turn)),
+            pad_token=model.pad_token, stop=options.stop,
+        )  # fmt: skip
+        answer = _shown(part[0] for part in parts)
         messages = [*turn, {"role": "assistant", "content": answer}]
+
+
+def _shown(parts) -> str:
+    """An answer, printed piece by piece."""
+    print("model: ", end="", flush=True)
+    answer = ""
+    for part in parts:
+        print(part, end="", flush=True)
+        answer += part
+    print()
+    return answer

@@ -87,3 +87,18 @@ def load(path):
 def pad_id(tokenizer) -> int:
     """The id to fill rows with; the end token's where there is none, which is harmless: masks come from lengths."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def turn_ends(tokenizer) -> tuple[int, ...]:
+    """The special token with which the chat template ends an assistant's turn, when it does.
+
+    It need not be the tokenizer's end token: base models are often given a template whose turns end with another.
+    """
+    said = "An answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
+    try:
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    except Exception:  # no template, or one that wants other turns: templates raise what they like
+        return ()
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    return tuple(i for i in first if i in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[i].special)

@@ -28,9 +28,10 @@ class Completions:
       tokens: [B, N] int32; after a row's end ``pad``.
       logps: [B, N] float32, of each token in the distribution that it was drawn from, in nats; 0 after the end.
       alive: [B, N] bool, True up to and with the end token: these tokens were sampled, the others only fill.
-      ended: [B] bool, whether an end token ended the row; else its limit did.
+      ended: [B] bool, whether an end token ended the row; else its limit did, or a stop string.
       entropies: [B, N] float32, of the distributions that were drawn from, in nats; None unless asked for.
       kept: leaves of the cache by name, those of ``keep``.
+      stopped: [B] bool, whether a stop string ended the row; None where none was looked for.
     """
 
     tokens: jax.Array
@@ -39,6 +40,19 @@ class Completions:
     ended: jax.Array | None = None
     entropies: jax.Array | None = None
     kept: dict[str, jax.Array] = struct.field(default_factory=dict)
+    stopped: jax.Array | None = None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each row ended: "end" for an end token, else "stop" for a stop string, else "length" for its limit.
+
+        >>> ended, stopped = np.array([True, False, False]), np.array([True, True, False])
+        >>> Completions(None, None, None, ended=ended, stopped=stopped).reasons
+        ['end', 'stop', 'length']
+        """
+        ended, stopped = jax.device_get((self.ended, self.stopped))
+        stopped = np.zeros_like(ended) if stopped is None else stopped
+        return ["end" if e else "stop" if s else "length" for e, s in zip(ended, stopped)]
 
 
 class _Program(NamedTuple):
@@ -110,6 +124,19 @@ def sample(
     Raises:
       ValueError: the shapes disagree, a prompt is empty or not left-padded, or a number is out of range.
     """
+    program, given = prepared(
+        prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
+        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
+        entropies=entropies, keep=keep,
+    )  # fmt: skip
+    return _sample(program, params, prompts, seen, given)
+
+
+def prepared(
+    prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits,
+    forced=None, entropies=False, keep=(),
+):  # fmt: skip
+    """The checked arguments of ``sample``: what is fixed when the program is compiled, and what may change."""
     size = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))
     if prompt_ids is not None:
         checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
@@ -124,7 +151,7 @@ def sample(
     ends = jnp.asarray(tuple(end_tokens), jnp.int32)
     program = _Program(apply, init_cache, length, group, entropies, tuple(keep))
     given = _Given(key, ids, how, ends, jnp.asarray(pad_token, jnp.int32), limits, forced)
-    return _sample(program, params, prompts, seen, given)
+    return program, given
 
 
 def check_prompts(seen):
@@ -160,24 +187,24 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     read, rows = prompts.shape[1] - 1, len(prompts) * program.group
     chunk = _chunk(program.length)
     whole = read + chunk * -(-program.length // chunk)
-    sized = partial(_sized, program.init_cache, whole=whole)
-    state, keys = _begun(program, params, prompts, seen, given, sized), row_keys(given.key, given.ids, program.group)
-    step = partial(_step, program, params, given, keys)
-    for room in _rooms(read, whole, chunk):
-        state = state._replace(cache=jax.tree.map(_fitted, state.cache, sized(rows, room)))
+    sized = partial(cache_of, program.init_cache, whole=whole)
+    state, keys = begin(program, params, prompts, seen, given, sized), row_keys(given.key, given.ids, program.group)
+    step = partial(take_step, program, params, given, keys)
+    for room in rooms_of(read, whole, chunk):
+        state = state._replace(cache=jax.tree.map(fitted, state.cache, sized(rows, room)))
         state = jax.lax.while_loop(
-            lambda state, room=room: _going(state, given).any() & (read + state.done < room),
+            lambda state, room=room: going(state, given).any() & (read + state.done < room),
             lambda state: jax.lax.scan(lambda state, _: (step(state), None), state, length=chunk)[0],
             state,
         )
     out = {name: x[: program.length].T for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
     as_asked = program.init_cache(rows, prompts.shape[1] + program.length)
-    kept = {name: _fitted(state.cache[name], as_asked[name]) for name in program.keep}
+    kept = {name: fitted(state.cache[name], as_asked[name]) for name in program.keep}
     return Completions(**out, ended=ended, kept=kept)
 
 
-def _begun(program, params, prompts, seen, given, sized):
+def begin(program, params, prompts, seen, given, sized):
     """The state before the first token. All of a prompt is read but its last token, which the first step reads.
 
     So nothing but a step makes logits: those of a whole prompt would be the largest array of all.
@@ -211,9 +238,9 @@ def row_keys(key, ids, group):
     return jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(group)))(of_prompt).reshape(-1)
 
 
-def _step(program, params, given, keys, state):
+def take_step(program, params, given, keys, state):
     """Reads the last token of every row and draws the next, of those rows that go on."""
-    n, alive = state.done, _going(state, given)
+    n, alive = state.done, going(state, given)
     logits, cache = program.apply(params, state.token[:, None], alive[:, None], state.cache)
     wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
     now = spoken(logits[:, 0], given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted, state.history)
@@ -224,7 +251,7 @@ def _step(program, params, given, keys, state):
     return _State(cache, {name: write(name) for name in state.out}, now["tokens"], alive, n + 1, history)
 
 
-def _going(state, given):
+def going(state, given):
     """The rows that have not come to their end; a prompt's last token ends nothing."""
     ended = jnp.isin(state.token, given.ends) & (state.done > 0)
     return state.alive & ~ended & (state.done < given.limits)
@@ -260,7 +287,7 @@ def _chunk(steps: int) -> int:
     return min(range(min(steps, CHUNK), min(steps, CHUNK) // 2, -1), key=lambda c: -steps % c)
 
 
-def _rooms(read: int, whole: int, chunk: int) -> list[int]:
+def rooms_of(read: int, whole: int, chunk: int) -> list[int]:
     """Lengths of the cache, one after the other; the steps between two are a multiple of the chunk."""
     rooms, room = [], read
     while room < whole:
@@ -272,14 +299,14 @@ def _rooms(read: int, whole: int, chunk: int) -> list[int]:
     return rooms
 
 
-def _sized(init_cache, rows, length, *, whole):
+def cache_of(init_cache, rows, length, *, whole):
     """The cache of ``whole`` tokens with room for ``length`` so far."""
     small = jax.eval_shape(partial(init_cache, rows, length))
     return jax.tree.map(lambda x, y: x if x.size == 0 else jax.lax.slice(x, [0] * x.ndim, y.shape),
                         init_cache(rows, whole), small)  # fmt: skip
 
 
-def _fitted(x, into):
+def fitted(x, into):
     """An array in front of a larger one, or the front of it."""
     x = jax.lax.slice(x, [0] * x.ndim, [min(sizes) for sizes in zip(x.shape, into.shape)])
     return x if x.shape == into.shape else jax.lax.dynamic_update_slice(into, x, [0] * x.ndim)

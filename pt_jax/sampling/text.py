@@ -1,4 +1,11 @@
-"""Sampling from texts to texts: prompts of different lengths in, decoded completions out."""
+"""Sampling from texts to texts: prompts of different lengths in, decoded completions out, whole or as they come.
+
+A stop string ends a completion. The text is what stands before it; the tokens are all up to and with the one that
+completes it, since these were sampled and have log-probabilities. It is looked for in the decoded text without special
+tokens, so it may begin and end within tokens, and characters of several bytes may be spread over several.
+"""
+
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -18,18 +25,98 @@ def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
     return tokens, batches.pad([np.ones(len(p), bool) for p in prompts], length, False, left=True)
 
 
-def to_texts(tokenizer, completions) -> list[str]:
-    """What was sampled in each row, up to its end, without special tokens."""
+def to_texts(tokenizer, completions, stop=()) -> list[str]:
+    """What was sampled in each row, up to its end, without special tokens; and what is before the first stop string."""
     out = jax.device_get(completions)
     rows = [tokens[alive].tolist() for tokens, alive in zip(out.tokens, out.alive)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [before(text, stop) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
-def complete(sampler, params, tokenizer, prompts, key, *, pad_token: int, rows: int = 64, group: int = 1) -> list[str]:
+def before(text: str, stop) -> str:
+    """What of a text stands before the first of the stop strings.
+
+    >>> before("one two three", ("three", "two"))
+    'one '
+    """
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def stop_at(tokenizer, stop) -> Callable[[list[int]], int | None]:
+    """The ``until`` of ``stream``: how many of some tokens it takes until their text has one of the stop strings.
+
+    Args:
+      tokenizer: to decode with.
+      stop: strings.
+
+    Raises:
+      ValueError: a stop string is empty, or it is one string instead of several.
+    """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
+    found = lambda tokens: any(s in tokenizer.batch_decode([tokens], skip_special_tokens=True)[0] for s in stop)
+
+    def until(tokens):
+        if not found(tokens):
+            return None
+        low, high = 0, len(tokens)  # not found in low tokens, found in high: text only grows
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if found(tokens[:middle]) else (middle, high)
+        return high
+
+    return until
+
+
+def stream_texts(
+    streamer, params, tokenizer, prompts, key, *, pad_token: int, stop=(), group: int = 1
+) -> Iterator[list[str]]:
+    """Completes prompts and yields what there is of new text, every few tokens.
+
+    What is yielded is never taken back: bytes that are no character yet, and a beginning of a stop string, are kept
+    until it is known what becomes of them.
+
+    Args:
+      streamer: ``stream`` with everything bound but params, prompts, seen, key, group and until.
+      params, tokenizer, prompts, key, pad_token, group: as ``complete``; all prompts at a time.
+      stop: strings that end a completion.
+
+    Yields:
+      A string a row, often empty. All of a row's, one after the other, are its text.
+    """
+    tokens, seen = pad_prompts(prompts, pad_token=pad_token)
+    until = stop_at(tokenizer, stop) if stop else None
+    rows = [[] for _ in range(len(prompts) * group)]
+    said = [0] * len(rows)
+
+    def new(over):
+        texts = [before(text, stop) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        texts = [text if o else text[: len(text) - _uncertain(text, stop)] for text, o in zip(texts, over)]
+        out = [text[n:] for text, n in zip(texts, said)]
+        said[:] = [max(n, len(text)) for text, n in zip(texts, said)]
+        return out
+
+    for part in streamer(params, tokens, seen, key, group=group, until=until):
+        for row, ids, alive in zip(rows, part.tokens, part.alive):
+            row.extend(ids[alive].tolist())
+        yield new(part.ended | part.stopped)
+    yield new([True] * len(rows))
+
+
+def _uncertain(text: str, stop) -> int:
+    """How many characters at the end may become something else: bytes without their last, a stop string's beginning."""
+    whole = text.rstrip("\ufffd")
+    begun = (n for s in stop for n in range(len(s) - 1, 0, -1) if whole.endswith(s[:n]))
+    return len(text) - len(whole) + max(begun, default=0)
+
+
+def complete(
+    sampler, params, tokenizer, prompts, key, *, pad_token: int, rows: int = 64, group: int = 1, stop=()
+) -> list[str]:
     """Completes prompts of any number and lengths, some at a time.
 
     Args:
-      sampler: ``sample`` with everything bound but params, prompts, seen, key, group and prompt_ids.
+      sampler: ``sample`` with everything bound but params, prompts, seen, key, group and prompt_ids; or
+        ``sample_until`` with ``until=stop_at(tokenizer, stop)``, so that rows end at stop strings.
       params: of the model.
       tokenizer: to decode with.
       prompts: token arrays.
@@ -37,6 +124,7 @@ def complete(sampler, params, tokenizer, prompts, key, *, pad_token: int, rows: 
       pad_token: fills short prompts.
       rows: prompts at a time.
       group: completions a prompt.
+      stop: strings, before the first of which the texts end.
 
     Returns:
       Texts, those of one prompt after each other.
@@ -48,5 +136,5 @@ def complete(sampler, params, tokenizer, prompts, key, *, pad_token: int, rows: 
         part = [prompts[min(j, len(prompts) - 1)] for j in ids]  # one shape, so one trace
         tokens, seen = pad_prompts(part, pad_token=pad_token, length=length)
         out = sampler(params, tokens, seen, key, group=group, prompt_ids=ids)
-        texts += to_texts(tokenizer, out)[: (len(prompts) - i) * group]
+        texts += to_texts(tokenizer, out, stop)[: (len(prompts) - i) * group]
     return texts

@@ -1,8 +1,10 @@
 """``pt-jax generate`` and ``pt-jax chat``."""
 
+import dataclasses
+
 import pytest
 
-from pt_jax.commands import talk
+from pt_jax.commands import common, talk
 
 
 def generate(folder, **options):
@@ -19,6 +21,10 @@ def test_every_option_changes_what_is_said(folder, monkeypatch):
         "top_k": 1,
         "top_p": 0.01,
         "min_p": 1.0,
+        "repetition_penalty": 0.05,
+        "frequency_penalty": 9.0,
+        "presence_penalty": -9.0,
+        "stop": (said[0][3:5],),
     }
     for option, value in (changes | {"seed": 1}).items():
         assert generate(folder, **{"temperature": 1.5, option: value}) != said, option
@@ -28,6 +34,73 @@ def test_every_option_changes_what_is_said(folder, monkeypatch):
     monkeypatch.setattr(talk.text, "complete", lambda *a, **k: seen.append(a[3][0].tolist()) or ["x"])
     generate(folder), generate(folder, chat=True)
     assert len(seen[1]) > len(seen[0]) + 5
+
+
+def test_an_answer_ends_before_the_stop_string(folder):
+    options = talk.Chat(model=str(folder), temperature=1.5, max_new_tokens=16)
+    whole, again = (talk.chat(options, ask=asking("Who?", ""))[-1]["content"] for _ in range(2))
+    stop = next(c for c in whole[3:] if c.isascii() and c.isprintable())
+    cut = talk.chat(dataclasses.replace(options, stop=(stop, "no such text")), ask=asking("Who?", ""))[-1]["content"]
+    assert whole == again and cut == whole.split(stop)[0] != whole
+    settings = {"prompt": "Who?", "temperature": 1.5, "max_new_tokens": 16, "samples": 2}
+    whole = generate(folder, **settings)
+    stop = tuple(next(c for c in x[3:] if c.isascii() and c.isprintable()) for x in whole)
+    assert generate(folder, **settings, stop=stop) == [min((x.split(s)[0] for s in stop), key=len) for x in whole]
+
+
+def asking(*said):
+    said = iter(said)
+    return lambda _: next(said)
+
+
+def test_a_penalty_is_heard_in_a_conversation(folder):
+    options = talk.Chat(model=str(folder), temperature=1.5, max_new_tokens=16)
+    plain, other = (
+        talk.chat(dataclasses.replace(options, presence_penalty=x), ask=asking("Who?", "")) for x in (None, -9.0)
+    )
+    assert plain[-1] != other[-1]
+
+
+def test_an_answer_is_shown_while_it_is_made(folder, monkeypatch):
+    """Every piece is on the screen before the next steps are taken."""
+    shown, parts = [], []
+    real = talk.text.stream_texts
+
+    def watched(*a, **k):
+        for part in real(*a, **k):
+            parts.append(part[0])
+            yield part
+            assert shown[-1] == part[0]
+
+    monkeypatch.setattr(talk.text, "stream_texts", watched)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: shown.append(a[0] if a else "\n"))
+    options = talk.Chat(model=str(folder), temperature=1.5, max_new_tokens=16)
+    messages = talk.chat(options, ask=asking("Who?", ""))
+    assert sum(map(bool, parts)) > 1 and "".join(parts) == messages[-1]["content"]
+
+
+@pytest.mark.parametrize("by_chat", [True, False])
+def test_a_turn_ends_with_the_token_that_ends_it_in_the_template(folder, monkeypatch, by_chat):
+    """Which need not be the end token of the tokenizer or of the model's config."""
+    ends = []
+
+    opened = common.open_model(str(folder))
+    opened.tokenizer.eos_token = "<pad>"
+    opened = dataclasses.replace(opened, config=dataclasses.replace(opened.config, end_tokens=(0,)))
+    end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in opened.end_tokens
+    monkeypatch.setattr(talk.common, "open_model", lambda _: opened)
+    monkeypatch.setattr(talk.text, "complete", lambda sampler, *a, **k: ends.append(sampler.keywords["end_tokens"]))
+    monkeypatch.setattr(
+        talk.text, "stream_texts", lambda s, *a, **k: ends.append(s.keywords["end_tokens"]) or iter([["x"]])
+    )
+    if by_chat:
+        talk.chat(talk.Chat(model=str(folder)), ask=asking("Who?", ""))
+    else:
+        generate(folder, chat=True)
+        generate(folder)
+        assert ends.pop() == opened.end_tokens
+    assert ends == [tuple(sorted({*opened.end_tokens, end}))]
 
 
 def test_greedy_answers_need_no_seed(folder):
@@ -41,6 +114,9 @@ def test_greedy_answers_need_no_seed(folder):
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens must be above 0"),
         ({"samples": 0}, "--samples must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be finite"),
+        ({"stop": ("x", "")}, "--stop is empty"),
         ({"prompt": "word " * 200}, r"--prompt: has \d+ tokens and 8 are to be sampled, the limit is 96"),
         ({"model": "nowhere"}, "nowhere: no such folder"),
     ],

@@ -112,3 +112,17 @@ def test_rows_are_filled_with_the_end_token_where_there_is_no_other(tmp_path):
     assert tokenizers.pad_id(tokenizer) == 0  # an id like any other, not a missing one
     tokenizer.pad_token = None
     assert tokenizers.pad_id(tokenizer) == 3
+
+
+def test_the_template_says_what_ends_a_turn():
+    """Where it ends turns with a special token; the end token of texts need not be it."""
+    tokenizer = tokenizers.train_bpe(TEXTS, vocab=300)
+    tokenizer.eos_token = "<pad>"
+    assert tokenizers.turn_ends(tokenizer) == (3,)
+    body = "{% for m in messages %}" + "{{ m['content'] }}"
+    for end, expected in (("<|im_start|>\n", (2,)), ("\n<|im_end|>", ()), ("", ()), (" ", ())):
+        tokenizer.chat_template = body + end + "{% endfor %}"
+        assert tokenizers.turn_ends(tokenizer) == expected, end
+    for template in (None, "{{ raise_exception('no') }}"):
+        tokenizer.chat_template = template
+        assert tokenizers.turn_ends(tokenizer) == ()

@@ -1,0 +1,122 @@
+"""Sampling with a look at every few tokens from outside of the program: to show them, and to stop where a text says so.
+
+The steps are those of ``sample``, and so are the tokens. A few steps at a time are one program, after which the host
+reads what was drawn, in one transfer, and says with the next call which rows it has stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+
+from pt_jax import checks
+from pt_jax.sampling import decode
+from pt_jax.sampling.decode import Completions
+
+
+def stream(
+    params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
+    limits=None, until: Callable[[list[int]], int | None] | None = None, chunk=8,
+) -> Iterator[Completions]:  # fmt: skip
+    """Samples as ``sample`` does, and yields every few tokens as soon as they are there.
+
+    All that is yielded, side by side, is what ``sample`` returns, up to the step at which the last row ended.
+
+    Args:
+      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits: as
+        ``sample``.
+      until: what is asked of every row that has new tokens, with all of its tokens so far: how many of them are the
+        completion if it is to stop there, None to go on. See ``text.stop_at``. Tokens after that are taken back.
+      chunk: steps between two looks, at most 16; no sample depends on it.
+
+    Yields:
+      ``Completions`` in numpy, [B, chunk] each; ``ended`` and ``stopped`` [B] say what is so by now.
+
+    Raises:
+      ValueError: as ``sample``; or chunk is out of range.
+    """
+    program, given = decode.prepared(
+        prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
+        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits,
+    )  # fmt: skip
+    checks.between("chunk", chunk, 1, decode.CHUNK + 1)
+    return _chunks(program, given, params, prompts, seen, until, min(chunk, length))
+
+
+def sample_until(params, prompts, seen, key, *, length, pad_token, **settings) -> Completions:
+    """``sample`` with rows that stop where ``until`` says so: one round trip to the host every few tokens.
+
+    Args:
+      params, prompts, seen, key, length, pad_token: as ``sample``.
+      **settings: the others of ``stream``.
+
+    Returns:
+      ``Completions`` of P * G rows and N columns, in numpy.
+    """
+    parts = list(stream(params, prompts, seen, key, length=length, pad_token=pad_token, **settings))
+    joined = {name: np.concatenate([getattr(x, name) for x in parts], 1) for name in ("tokens", "logps", "alive")}
+    filled = {name: np.pad(x, ((0, 0), (0, length - x.shape[1]))) for name, x in joined.items()}
+    filled["tokens"] = np.where(filled["alive"], filled["tokens"], np.int32(pad_token))
+    return Completions(**filled, ended=parts[-1].ended, stopped=parts[-1].stopped)
+
+
+def _chunks(program, given, params, prompts, seen, until, chunk):
+    """The generator behind ``stream``, whose arguments are checked before anybody asks for a token."""
+    read, rows = np.shape(prompts)[1] - 1, len(prompts) * program.group
+    whole = read + chunk * -(-program.length // chunk)
+    rooms, room = iter(decode.rooms_of(read, whole, chunk)), read
+    state, keys = _begun(program, whole, params, prompts, seen, given)
+    texts, ended, stopped = [[] for _ in range(rows)], np.zeros(rows, bool), np.zeros(rows, bool)
+    ends, pad = jax.device_get((given.ends, given.pad))
+    for first in range(0, program.length, chunk):
+        if read + first == room:
+            room = next(rooms)
+            state = _grown(program, whole, room, state)
+        state, new, going = _advanced(program, chunk, params, given, keys, state, ~stopped)
+        new, going = jax.device_get((new, going))
+        new = {name: np.array(x.T[:, : program.length - first]) for name, x in new.items()}
+        if until is not None:
+            stopped = _stop(until, texts, new, stopped)
+        new["tokens"] = np.where(new["alive"], new["tokens"], pad)
+        new["logps"] = np.where(new["alive"], new["logps"], np.float32(0))
+        ended = ended | (new["alive"] & np.isin(new["tokens"], ends)).any(1)
+        yield Completions(**new, ended=ended, stopped=stopped)
+        if not (going & ~stopped).any():
+            return
+
+
+def _stop(until, texts, new, stopped):
+    """Asks of every row that has new tokens, and takes back those behind its end; returns which rows are stopped."""
+    stopped = stopped.copy()
+    for row in np.flatnonzero(new["alive"].any(1)):
+        said, before = texts[row], len(texts[row])
+        said.extend(new["tokens"][row, new["alive"][row]].tolist())
+        count = until(said)
+        if count is not None:
+            new["alive"][row, max(count - before, 0) :] = False
+            stopped[row] = True
+    return stopped
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _begun(program, whole, params, prompts, seen, given):
+    cache = partial(decode.cache_of, program.init_cache, whole=whole)
+    keys = decode.row_keys(given.key, given.ids, program.group)
+    return decode.begin(program, params, prompts, seen, given, cache), keys
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _grown(program, whole, room, state):
+    larger = decode.cache_of(program.init_cache, len(state.alive), room, whole=whole)
+    return state._replace(cache=jax.tree.map(decode.fitted, state.cache, larger))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _advanced(program, chunk, params, given, keys, state, go):
+    """Some steps more of the rows that go on: the state, what the steps drew [chunk, B], and which rows go on [B]."""
+    state = state._replace(alive=state.alive & go)
+    step = lambda state, _: (decode.take_step(program, params, given, keys, state), None)
+    state, _ = jax.lax.scan(step, state, length=chunk)
+    new = {name: jax.lax.dynamic_slice_in_dim(x, state.done - chunk, chunk) for name, x in state.out.items()}
+    return state, new, decode.going(state, given)
