@@ -188,7 +188,8 @@ def _embedded(config, params, tokens, position, how):
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded to the type of the weights, as Gemma does
     if config.learned_positions:
-        x = x + params["positions"].astype(x.dtype)[jnp.minimum(position, config.max_length - 1)]
+        # behind the last of them a text has no meaning, and no number that looks like one
+        x = x + params["positions"].astype(x.dtype).at[position].get(mode="fill", fill_value=jnp.nan)
     return x
 
 
@@ -313,6 +314,7 @@ def apply(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT):
     Returns:
       logits [B, T, V] in the type that is computed in, and the cache with these tokens appended (None without one).
       Row t predicts token t + 1. What stands at a position that is not seen has no meaning, and influences nothing.
+      Of a text that is longer than the learned positions of its model (GPT-2), not a number.
 
     Raises:
       ValueError: the shapes disagree, or the model has no unembedding.

@@ -76,6 +76,21 @@ def test_a_padded_row_has_the_logits_of_the_row_alone(config, side):
         assert_close(logits[start : start + len(row)], by_the_equation(config, params, row))
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_text_longer_than_the_learned_positions_is_not_a_number(side):
+    """transformers fails there, which a compiled program cannot: and no number that looks like a logit comes out."""
+    config = dataclasses.replace(
+        QWEN, family="gpt2", learned_positions=True, max_length=LENGTHS[1], norm="layer", kv_heads=6, qk_norm=False
+    )
+    params = weights(config)
+    tokens, seen, starts = padded(rows(), SIDES[side])
+    got = np.asarray(forward(config, params, tokens, seen))
+    assert LENGTHS[0] > config.max_length and np.isnan(got[0][seen[0]][-1]).all()
+    for i in range(1, len(LENGTHS)):
+        alone = forward(config, params, rows()[i][None], np.ones((1, LENGTHS[i]), bool))
+        assert_close(got[i, starts[i] : starts[i] + LENGTHS[i]], np.asarray(alone)[0])
+
+
 @CONFIGS
 @pytest.mark.parametrize("side", SIDES)
 def test_what_stands_in_padding_influences_nothing(config, side):
