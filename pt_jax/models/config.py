@@ -1,6 +1,7 @@
 """What a model is, the numbers and choices that fix its shapes and its arithmetic; and how it is computed."""
 
 import dataclasses
+import numbers
 from typing import Literal, get_args, get_type_hints
 
 
@@ -28,6 +29,10 @@ class RopeScaling:
     truncate: bool = True
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.factor <= 0:
+            raise ValueError(f"factor of the rope scaling must be above 0, got {self.factor}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +142,30 @@ class Config:
 
     def __post_init__(self):
         for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_width", "hidden", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        self._check_tokens()
         if self.eps is None or self.eps < 0:
             raise ValueError(f"eps must be at least 0, got {self.eps}")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction must be above 0 and at most 1, got {self.rope_fraction}")
+        if self.rope_base <= 0 or (self.local_rope_base or 1) <= 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base} (local: {self.local_rope_base})")
+        if min(self.windows, default=0) < 0:
+            raise ValueError(f"windows must be at least 0, got {min(self.windows)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if not self.learned_positions and self.rope_width % 2:
             of = "head_width" if self.rope_fraction == 1 else "rope_fraction * head_width"
             raise ValueError(f"{of}={self.rope_width} is odd; rotary positions turn pairs")
+        scaling, pairs = self.rope_scaling, self.rope_width // 2
+        if scaling is not None and scaling.kind == "longrope" and {len(scaling.short), len(scaling.long)} != {pairs}:
+            raise ValueError(
+                f"longrope has {len(scaling.short)} short and {len(scaling.long)} long divisors for {pairs}"
+            )
         if self.experts:
             if not 1 <= self.experts_per_token <= self.experts:
                 raise ValueError(f"experts_per_token={self.experts_per_token} must be from 1 to experts={self.experts}")
@@ -161,6 +179,16 @@ class Config:
         if not self.family:
             families = ("mixtral", "qwen3_moe") if self.experts else ("llama", "qwen3")
             object.__setattr__(self, "family", families[self.qk_norm])
+
+    def _check_tokens(self):
+        for name, tokens in (
+            ("bos_token", self.bos_token),
+            ("pad_token", self.pad_token),
+            ("end_tokens", self.end_tokens),
+        ):
+            for token in tokens if isinstance(tokens, tuple) else (tokens,):
+                if token is not None and not isinstance(token, numbers.Integral):
+                    raise ValueError(f"{name} must be a number of a token, got {token!r}")
 
     @property
     def rope_width(self) -> int:

@@ -138,9 +138,13 @@ def windows(fields, sliding: Callable[[int], bool]) -> tuple[int, ...]:
     other = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if other:
         raise ValueError(f"{fields.file}: layer_types holds {other[0]!r}; only full and sliding attention are computed")
+    if len(kinds) != layers:
+        raise ValueError(f"{fields.file}: layer_types has {len(kinds)} entries for {layers} layers")
     if "sliding_attention" not in kinds:
         return ()
     window = fields.need("sliding_window")
+    if window < 1:
+        raise ValueError(f"{fields.file}: sliding_window is {window}; a token sees itself at least, so 1 is the least")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 

@@ -113,7 +113,7 @@ def read_config(path) -> Config:
         raise ValueError(f"{folder}: has no config.json, so it is not a model folder")
     given = read_json(file)
     name = given.get("model_type")
-    if name not in families.FAMILIES:
+    if not isinstance(name, str) or name not in families.FAMILIES:
         known = ", ".join(sorted(families.FAMILIES))
         raise ValueError(f"{file}: model_type is {name!r}; this version knows {known}")
     family = families.FAMILIES[name]

@@ -26,6 +26,11 @@ def test_an_odd_head_is_refused():
         Config(**SIZES | {"head_width": 5})
 
 
+def test_a_window_below_zero_is_refused():
+    with pytest.raises(ValueError, match=r"^windows must be at least 0, got -3$"):
+        Config(**SIZES, windows=(4, -3))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.5])
 def test_a_share_of_a_head_is_a_share(fraction):
     with pytest.raises(ValueError, match=rf"^rope_fraction must be above 0 and at most 1, got {fraction}$"):

@@ -386,6 +386,26 @@ def test_biases_that_the_config_announces_are_needed(folder):
     refused(write(folder, SMALL | {"attention_bias": True}), "lack the tensor .*q_proj.bias")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vocab_size": SMALL["vocab_size"] + 0.0}, "vocab must be a whole number, got"),
+        ({"eos_token_id": "</s>"}, "end_tokens must be a number of a token, got '</s>'"),
+        ({"model_type": ["qwen3"]}, "model_type is"),
+        ({"layer_types": ["full_attention"] * 9}, "layer_types has 9 entries for"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_base must be above 0, got 0.0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": -2.0}}, "factor .* must be above 0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1], "long_factor": [1, 2]}},
+         "longrope has 1 short and 2 long divisors for"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_no_model_has(folder, fields, words):
+    """Some would be read as another model, and others fail in the middle of a program."""
+    refused(write(folder, SMALL | fields, tensors_of(SMALL)), r"config\.json", words)
+
+
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
 def test_a_field_of_another_form(folder, field):
     refused(write(folder, SMALL | {field: "many"}, tensors_of(SMALL)), r"config\.json")
