@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pt_jax.sampling import distribution
+from pt_jax.sampling import distribution, sample
 from pt_jax.sampling.distribution import GREEDY, Sampling, draw, transform
 
 V = 9
@@ -196,6 +196,75 @@ def test_tokens_come_as_often_as_their_probability_says(how):
     count, likely = np.bincount(drawn, minlength=7), expected > 0
     assert count[~likely].sum() == 0
     assert scipy.stats.chisquare(count[likely], n * expected[likely]).pvalue > 1e-3
+
+
+# ---- whole completions, with all that depends on what was said before
+
+TABLE = np.float32([[0.3, 1.1, -0.4, 0.8, -1.0], [-0.2, 0.5, 1.3, -0.6, 0.4], [1.0, -0.9, 0.2, 0.7, 0.1],
+                    [0.0, 0.6, -0.3, -1.1, 0.9], [0.5, 0.5, 0.5, 0.5, 0.5]])  # fmt: skip
+PROMPT, LAST = (4, 1, 1), 4
+EVERYTHING = {
+    "temperature": 1.0, "top_k": 5, "top_p": 1.0, "min_p": 0.0, "allowed": np.ones(5, bool), "min_length": 0,
+    "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+}  # fmt: skip
+EACH = {
+    "temperature": 0.6, "top_k": 3, "top_p": 0.7, "min_p": 0.3, "allowed": np.array([1, 1, 0, 1, 1], bool),
+    "min_length": 2, "repetition_penalty": 1.8, "frequency_penalty": 0.9, "presence_penalty": -0.8,
+}  # fmt: skip
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+TOGETHER = [
+    (), *((name,) for name in EACH), ("temperature", "top_k", "top_p", "min_p"), PENALTIES, ("top_p", *PENALTIES),
+    ("min_length", "allowed", "top_k"), tuple(EACH),
+]  # fmt: skip
+
+
+def next_token(said, how):
+    """Probabilities [5] in float64 after a prompt and some tokens; every option read off its definition."""
+    row = [float(x) for x in TABLE[[*PROMPT, *said][-1]]]
+    for v in range(5):
+        if v in said or v in PROMPT:
+            row[v] *= how["repetition_penalty"] if row[v] < 0 else 1 / how["repetition_penalty"]
+        row[v] -= said.count(v) * how["frequency_penalty"] + (v in said) * how["presence_penalty"]
+        if not how["allowed"][v] or (v == LAST and len(said) < how["min_length"]):
+            row[v] = -np.inf
+    return by_the_definition(row, *(how[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+
+
+def every_completion(how, length, said=()):
+    """Of at most so many tokens, each with its probability."""
+    if len(said) == length or said[-1:] == (LAST,):
+        return {said: 1.0}
+    p = next_token(said, how)
+    return {more: p[v] * q for v in range(5) if p[v] for more, q in every_completion(how, length, (*said, v)).items()}
+
+
+@jax.jit
+def hundred_thousand(how):
+    """Completions of at most three tokens from a table of bigrams: one program for all settings."""
+    return sample(
+        {}, np.array([PROMPT]), np.ones((1, 3), bool), jax.random.key(11), length=3, group=100_000, pad_token=0,
+        apply=lambda params, tokens, seen, cache: (jnp.asarray(TABLE)[tokens], cache),
+        init_cache=lambda rows, length: jnp.zeros((rows, 0)), end_tokens=(LAST,), how=how,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids="+".join)
+def test_completions_come_as_often_as_their_probability_says(names):
+    how = EVERYTHING | {name: EACH[name] for name in names}
+    expected = every_completion(how, 3)
+    assert abs(sum(expected.values()) - 1) < 1e-9
+    out = jax.device_get(hundred_thousand(Sampling(**how, end_tokens=jnp.array([LAST]))))
+    rows, first, count = np.unique(np.where(out.alive, out.tokens, -1), axis=0, return_index=True, return_counts=True)
+    said = [tuple(int(x) for x in row if x >= 0) for row in rows]
+    assert set(said) <= set(expected)
+    logps = out.logps[first].sum(1)
+    np.testing.assert_allclose(logps, np.log([expected[x] for x in said]), atol=1e-5)
+    counted = dict(zip(said, count.tolist()))
+    observed, shares = np.array([counted.get(x, 0) for x in expected]), np.array(list(expected.values()))
+    often = shares * 100_000 >= 5
+    assert often.sum() > 3 and shares[often].sum() > 0.999
+    fair = shares[often] / shares[often].sum() * observed[often].sum()
+    assert scipy.stats.chisquare(observed[often], fair).pvalue > 1e-3
 
 
 def test_every_row_has_a_number_of_its_own():
