@@ -313,11 +313,16 @@ def fitted(x, into):
 
 
 def repeat_rows(cache, init_cache, group):
-    """Every row of the cache ``group`` times. Its row axes are those that grow with the number of rows."""
+    """Every row of the cache ``group`` times."""
+    return of_rows(cache, init_cache, lambda x, axis: jnp.repeat(x, group, axis))
+
+
+def of_rows(cache, init_cache, change):
+    """A cache whose arrays have other rows, ``change(x, axis)``; the row axes grow with the number of rows."""
     one, two = jax.eval_shape(lambda: (init_cache(1), init_cache(2)))
 
-    def repeat(x, a, b):
+    def of_array(x, a, b):
         axis = next((i for i, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n), None)
-        return x if axis is None else jnp.repeat(x, group, axis)
+        return x if axis is None else change(x, axis)
 
-    return jax.tree.map(repeat, cache, one, two)
+    return jax.tree.map(of_array, cache, one, two)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pt_jax import models
-from pt_jax.sampling import Sampling, sample, scored_logits
+from pt_jax.sampling import Sampling, beam_search, sample, scored_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,3 +86,38 @@ def test_greedy_texts_with_a_repetition_penalty(both):
         how=Sampling(0.0, repetition_penalty=1.6),
     ).tokens  # fmt: skip
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("ends", [[9, 21], [0, 5]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 3}, {"num_beams": 3, "length_penalty": -0.7}, {"num_beams": 3, "length_penalty": 2.5},
+        {"num_beams": 6}, {"num_beams": 3, "min_new_tokens": 4, "repetition_penalty": 1.4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_beam_search(both, more, ends):
+    """All beams, their order and their scores; rows end at different lengths."""
+    model, params, config = both
+    bound, K, penalty = models.bind(config), more["num_beams"], more.get("length_penalty", 1.0)
+    tokens = torch.from_numpy(PROMPTS).long()
+    with torch.no_grad():
+        out = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, do_sample=False, pad_token_id=1,
+            eos_token_id=ends, num_return_sequences=K, return_dict_in_generate=True, output_scores=True, **more,
+        )  # fmt: skip
+    expected = out.sequences[:, PROMPTS.shape[1] :].numpy()
+    how = Sampling(repetition_penalty=more.get("repetition_penalty"))
+    if "min_new_tokens" in more:
+        how = how.replace(min_length=more["min_new_tokens"], end_tokens=jnp.array(ends))
+    got, scores = beam_search(
+        params, PROMPTS, np.ones_like(PROMPTS, bool), apply=bound.apply, init_cache=bound.init_cache, length=NEW,
+        end_tokens=ends, pad_token=1, beams=K, how=how, length_penalty=penalty,
+    )  # fmt: skip
+    got = jax.tree.map(np.asarray, got)
+    np.testing.assert_array_equal(got.tokens[:, : expected.shape[1]], expected)
+    lengths = got.alive.sum(1)
+    assert lengths.max() == expected.shape[1] and len(set(lengths.tolist())) > 1 and got.ended.any()
+    np.testing.assert_allclose(np.ravel(scores), out.sequences_scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.logps.sum(1) / lengths**penalty, np.ravel(scores), rtol=1e-4)
