@@ -149,6 +149,9 @@ def load(path, config: Config, params=None):
         raise ValueError(f"{file}: {name} is of no product of this {config.family}; is the adapter of another model?")
     if not adapters:
         raise ValueError(f"{file}: holds no adapter")
+    for module in modules(config):
+        if module not in ranks and all(_targets(fields, name) for name in module.names):
+            raise ValueError(f"{file}: lacks {PREFIX}{module.names[0]}, which target_modules of {CONFIG} names")
     return unflatten_dict(adapters), _adapter(fields, ranks)
 
 
@@ -156,6 +159,16 @@ def _fields(file):
     if not file.is_file():
         raise ValueError(f"{file.parent}: has no {file.name}, so it is no PEFT folder")
     return tensors.read_json(file)
+
+
+def _targets(fields, name) -> bool:
+    """Whether PEFT puts an adapter on a module of this name."""
+    among = lambda patterns: (
+        re.fullmatch(patterns, name)
+        if isinstance(patterns, str)
+        else any(name == p or name.endswith(f".{p}") for p in patterns or ())
+    )
+    return bool(among(fields.get("target_modules"))) and not among(fields.get("exclude_modules"))
 
 
 def _check_fields(file, fields):
@@ -339,7 +352,8 @@ def check(config: Config, how: lora.Adapter) -> None:
     names = [path[-1] for path in lora.targeted(_shapes(config), how)]
     for name in names:
         if why := _no_form(config, name):
-            raise ValueError(f"target {name!r}: {why}; leave it out of the targets, or fold the adapters")
+            others = ", ".join(dict.fromkeys(n for n in names if not _no_form(config, n))) or "none of those given"
+            raise ValueError(f"target {name!r}: {why}; target what it has a form for ({others}), or fold the adapters")
     if how.dora:
         for module in modules(config):
             missing = [leaf for leaf in module.leaves if leaf not in names]

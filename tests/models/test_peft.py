@@ -138,6 +138,10 @@ BAD = {
     "other names": (lambda f: rewritten(f, lambda x: x.update({KEY.removeprefix("base_model."): x.pop(KEY)})),
                     r"model.model.layers.1.self_attn.k_proj.lora_B.weight does not begin with base_model.model."),
     "nothing": (lambda f: rewritten(f, lambda x: x.clear()), "adapter_model.safetensors: holds no adapter"),
+    "a target without one": (lambda f: changed(f, target_modules=["k_proj", "v_proj", "lm_head"]),
+                             r"lacks base_model.model.lm_head, which target_modules of adapter_config.json names"),
+    "a pattern without one": (lambda f: changed(f, target_modules=r".*k_proj|lm_\w+"),
+                              r"lacks \S+lm_head, which target_modules"),
     "no magnitudes": (lambda f: changed(f, use_dora=True), "lacks base_model.model.*lora_magnitude_vector"),
 }  # fmt: skip
 
@@ -166,7 +170,7 @@ def test_an_adapter_of_another_model_is_refused(folder, other, message):
     (MIXTRAL, lora.Adapter(targets=("wq", "expert_up")), "target 'expert_up': PEFT has no settled form .* fold"),
     (MIXTRAL, lora.Adapter(targets=("router",)), "target 'router': PEFT has no settled form"),
     (dataclasses.replace(MIXTRAL, family="ernie4_5_moe", shared_hidden=6), lora.Adapter(),
-     "target 'shared_\\w+': in a model with experts, PEFT takes"),
+     r"target 'shared_\w+': in a model with experts, PEFT takes .* \((w[qkvo](, )?){4}\), or fold"),
     (PHI, lora.Adapter(targets=("wq", "wv"), dora=True), "target 'wk' is missing: phi3 keeps wq, wk, wv in one matrix"),
     (dataclasses.replace(GPT2, tied=True), lora.Adapter(targets=("embed",)), "only one side of GPT-2's tied"),
     (dataclasses.replace(QWEN, head="score"), lora.Adapter(), "scores texts has no PEFT folder"),
