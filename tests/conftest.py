@@ -18,6 +18,14 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 hypothesis.settings.register_profile("stable", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("stable")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_end_with_their_module():
+    """Thousands of compiled programs would fill the memory of a small machine."""
+    yield
+    jax.clear_caches()
+
+
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
