@@ -282,6 +282,12 @@ def test_no_config(folder):
     refused(folder, "has no config.json")
 
 
+def test_an_adapter_is_no_model(folder):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "is a PEFT folder of an adapter; read the model it is of, and it by models.peft.load")
+
+
 def test_a_config_that_is_cut_off(folder):
     file = write(folder) / "config.json"
     file.write_text(file.read_text()[:-30])
