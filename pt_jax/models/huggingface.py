@@ -110,7 +110,9 @@ def read_config(path) -> Config:
         raise ValueError(f"{folder}: no such folder; give a local folder with config.json and model.safetensors")
     file = folder / "config.json"
     if not file.is_file() and (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder}: is a PEFT folder of an adapter; read the model it is of, and it by models.peft.load")
+        raise ValueError(
+            f"{folder}: is a PEFT folder of an adapter; read the model it is of, and it by models.peft.load"
+        )
     if not file.is_file():
         raise ValueError(f"{folder}: has no config.json, so it is not a model folder")
     given = read_json(file)
