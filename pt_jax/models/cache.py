@@ -83,3 +83,18 @@ def append(stack, new, layer, start, axis):
     at = [start if i == axis else 0 for i in range(1, stack.ndim)]
     stack = jax.lax.dynamic_update_slice(stack, jnp.moveaxis(new, 1, axis - 1)[None].astype(stack.dtype), (layer, *at))
     return stack, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def forget(cache, columns):
+    """The cache without the last columns, of all rows, as if they had never been read.
+
+    Args:
+      cache: of fewer columns than it has room for so far: one that began to overwrite its first is lost.
+      columns: how many, at least 0.
+    """
+    end = cache["end"] - columns
+    after = (jnp.arange(cache["position"].shape[1]) >= end)[None]
+    lost = (after & (cache["position"] >= 0)).sum(1, dtype=jnp.int32)
+    return cache | {
+        "position": jnp.where(after, -1, cache["position"]), "count": cache["count"] - lost, "end": end,
+    }  # fmt: skip

@@ -4,9 +4,10 @@ from pt_jax.sampling.decode import Completions, sample
 from pt_jax.sampling.distribution import Sampling, scored_logits, transform
 from pt_jax.sampling.refill import sample_queue
 from pt_jax.sampling.search import beam_search, best_of
+from pt_jax.sampling.speculative import Draft, speculate
 from pt_jax.sampling.streaming import sample_until, stream
 
 __all__ = [
-    "Completions", "Sampling", "beam_search", "best_of", "sample", "sample_queue", "sample_until", "scored_logits",
-    "stream", "transform",
+    "Completions", "Draft", "Sampling", "beam_search", "best_of", "sample", "sample_queue", "sample_until",
+    "scored_logits", "speculate", "stream", "transform",
 ]  # fmt: skip

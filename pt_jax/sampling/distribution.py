@@ -176,7 +176,8 @@ def scored_logits(logits, tokens, seen, mask, how: Sampling):
     if jnp.result_type(seen) != jnp.bool_:
         raise ValueError("seen must be bool here: min_length and penalties do not know rows of several texts")
     seen, mask = jnp.asarray(seen), jnp.asarray(mask, bool)
-    history = penalties.of_columns(how, jnp.asarray(tokens), seen, mask, logits.shape[-1])
+    nothing = penalties.empty(how, len(tokens), logits.shape[-1])
+    history = penalties.of_columns(nothing, jnp.asarray(tokens), seen, mask)
     return transform(logits, how, jnp.cumsum(mask, 1), history)
 
 

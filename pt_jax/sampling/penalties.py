@@ -132,15 +132,13 @@ def of_prompts(how, prompts, seen, vocab: int | None, group: int) -> History | N
     return jax.tree.map(lambda x: jnp.repeat(x, group, 0), history)
 
 
-def of_columns(how, tokens, seen, mask, vocab: int) -> History | None:
-    """The history after each column: [B, T, V] each, as large as the logits.
+def of_columns(history: History | None, tokens, seen, mask) -> History | None:
+    """A history [B, V] with more and more columns in it: after each, [B, T, V], as large as the logits.
 
     Args:
-      how: the ``Sampling``.
+      history: what came before the first column, or None.
       tokens, seen, mask: as ``after``.
-      vocab: V.
     """
-    history = empty(how, len(tokens), vocab)
     if history is None:
         return None
 

@@ -1,0 +1,209 @@
+"""Speculative decoding: guess some tokens ahead, read them all at once, and keep those that would have been drawn.
+
+Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, accept a guess at random, such that the distribution stays.
+Here the token at each position is drawn with that position's own key, from the model's own distribution, as ``sample``
+draws it, and a guess is right when it is that token. So not only the distribution but each sample is that of
+``sample``, whatever is guessed. A draft model guesses with the same keys: where it agrees with the model, it draws the
+same token.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pt_jax import checks
+from pt_jax.models import cache as caches
+from pt_jax.sampling import decode, penalties
+from pt_jax.sampling.decode import Completions
+from pt_jax.sampling.distribution import NUMBERS, draw, transform
+
+
+class Draft(NamedTuple):
+    """A smaller model with the same tokens, to guess with: its params, ``apply`` and ``init_cache`` as ``sample``'s."""
+
+    params: Any
+    apply: Any
+    init_cache: Any
+
+
+class _Program(NamedTuple):
+    apply: Any
+    init_cache: Any
+    of_draft: tuple | None  # apply, init_cache
+    forget: Any
+    length: int
+    group: int
+    ahead: int
+    match: int
+
+
+class _State(NamedTuple):
+    """Of every row: ``done`` tokens are drawn, and the last, ``token``, is not yet read."""
+
+    cache: Any
+    draft: Any
+    text: jax.Array  # [B, T + N + K + 1], the prompt and what was drawn
+    logps: jax.Array  # [B, N + K + 1]
+    history: penalties.History | None
+    token: jax.Array
+    alive: jax.Array
+    done: jax.Array
+    reads: jax.Array
+
+
+def speculate(
+    params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
+    limits=None, draft: Draft | None = None, ahead=4, match=3, forget=caches.forget,
+):  # fmt: skip
+    """``sample`` in fewer, wider readings of the model: worth it where its weights take longer to load than to use.
+
+    Without a draft model the guess is what followed when the last few tokens stood in the text before (prompt look-up,
+    Saxena 2023): good where answers repeat their prompts.
+
+    Args:
+      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits: as
+        ``sample``. Each row has a cache of its own, ``init_cache(1, columns)``.
+      draft: a model to guess with; or None.
+      ahead: K, how many tokens are guessed at a time.
+      match: of prompt look-up, how many of the last tokens are compared at most; the longest match is taken, and of
+        equals the latest.
+      forget: ``(cache, columns) -> cache`` without the last columns, for model and draft.
+
+    Returns:
+      ``Completions`` of P * G rows, those of ``sample``; and how often each row was read after its prompt, [P * G].
+
+    Raises:
+      ValueError: as ``sample``; or ahead or match is below 1.
+    """
+    checks.positive("ahead", ahead)
+    checks.positive("match", match)
+    _, given = decode.prepared(
+        prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
+        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits,
+    )  # fmt: skip
+    numbers = {name: getattr(given.how, name) for name in NUMBERS}
+    of_rows = {name: x[:, :, None] for name, x in numbers.items() if x is not None and jnp.ndim(x)}
+    given = given._replace(how=given.how.replace(**of_rows))
+    of_draft = None if draft is None else (draft.apply, draft.init_cache)
+    program = _Program(apply, init_cache, of_draft, forget, length, group, ahead, match)
+    return _speculate(program, params, None if draft is None else draft.params, prompts, seen, given)
+
+
+@partial(jax.jit, static_argnums=0)
+def _speculate(program, params, draft_params, prompts, seen, given):
+    (P, T), N, K = prompts.shape, program.length, program.ahead
+    rows = P * program.group
+    repeat = partial(jnp.repeat, repeats=program.group, axis=0)
+    columns = T + N + K
+
+    def prompt_read(apply, init_cache, params):
+        cache = jax.vmap(lambda _: init_cache(1, columns))(jnp.arange(P))
+        cache = _read(apply, params, prompts[:, :-1], seen[:, :-1], cache)[1] if T > 1 else cache
+        return jax.tree.map(lambda x: jnp.repeat(x, program.group, 0), cache)
+
+    cache = prompt_read(program.apply, program.init_cache, params)
+    vocab = None
+    if penalties.asks(given.how):
+        one = jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool)
+        vocab = jax.eval_shape(partial(_read, program.apply), params, *one, cache)[0].shape[-1]
+    state = _State(
+        cache=cache, draft=prompt_read(*program.of_draft, draft_params) if program.of_draft else None,
+        text=jnp.pad(repeat(prompts), ((0, 0), (0, N + K + 1))), logps=jnp.zeros((rows, N + K + 1)),
+        history=penalties.of_prompts(given.how, prompts, seen, vocab, program.group), token=repeat(prompts[:, -1]),
+        alive=jnp.ones(rows, bool), done=jnp.zeros(rows, jnp.int32), reads=jnp.zeros(rows, jnp.int32),
+    )  # fmt: skip
+    keys = decode.row_keys(given.key, given.ids, program.group)
+    first = T - repeat(seen.sum(1))
+    state = jax.lax.while_loop(
+        lambda state: state.alive.any(),
+        lambda state: _step(program, params, draft_params, given, keys, first, T, state),
+        state,
+    )
+    alive = jnp.arange(N)[None] < state.done[:, None]
+    tokens = jnp.where(alive, state.text[:, T : T + N], given.pad)
+    ended = (alive & jnp.isin(tokens, given.ends)).any(-1)
+    return Completions(tokens, jnp.where(alive, state.logps[:, :N], 0), alive, ended), state.reads
+
+
+def _read(apply, params, tokens, seen, cache):
+    """Rows with a cache each: logits [B, T, V] and caches."""
+    logits, cache = jax.vmap(lambda t, s, c: apply(params, t[None], s[None], c))(tokens, seen, cache)
+    return logits[:, 0], cache
+
+
+def _step(program, params, draft_params, given, keys, first, T, state):
+    """Guesses, reads the last token and the guesses, and draws until a guess is wrong: one token at least."""
+    K, rows = program.ahead, len(state.token)
+    index = state.done[:, None] + jnp.arange(K + 1)[None]
+    keys = jax.vmap(lambda key, n: jax.vmap(partial(jax.random.fold_in, key))(n))(keys, index)
+    if program.of_draft is None:
+        look = partial(look_up, count=K, match=program.match)
+        guesses, draft = jax.vmap(look)(state.text, first, T + state.done), None
+    else:
+        guesses, draft = _drafted(program, draft_params, given, keys, state)
+    tokens = jnp.concatenate([state.token[:, None], guesses], 1)
+    alive = jnp.broadcast_to(state.alive[:, None], tokens.shape)
+    logits, cache = _read(program.apply, params, tokens, alive, state.cache)
+    so_far = penalties.of_columns(state.history, tokens, alive, alive & (jnp.arange(K + 1) > 0)[None])
+    logits = transform(logits, given.how, index, so_far)
+    drawn = draw(keys.reshape(-1), logits.reshape(rows * (K + 1), -1)).reshape(rows, K + 1)
+    of_token = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], 2)[..., 0]
+    # the first is right in any case, another where all guesses before it were, and nothing ended before
+    goes_on = (drawn[:, :-1] == guesses) & ~jnp.isin(drawn[:, :-1], given.ends)
+    kept = 1 + jnp.cumprod(goes_on, 1, dtype=jnp.int32).sum(1)
+    kept = jnp.where(state.alive, jnp.minimum(kept, given.limits - state.done), 0)
+    keep = jnp.arange(K + 1)[None] < kept[:, None]
+    put = lambda x, new, at: x.at[jnp.arange(rows)[:, None], jnp.where(keep, at, x.shape[1])].set(new, mode="drop")
+    last = jnp.take_along_axis(drawn, jnp.maximum(kept - 1, 0)[:, None], 1)[:, 0]
+    done = state.done + kept
+    forget = jax.vmap(program.forget)
+    return _State(
+        cache=forget(cache, K + 1 - kept), draft=None if draft is None else forget(draft, K + 1 - kept),
+        text=put(state.text, drawn, T + index), logps=put(state.logps, of_token, index),
+        history=penalties.after(state.history, drawn, keep, keep), token=jnp.where(state.alive, last, state.token),
+        alive=state.alive & ~jnp.isin(last, given.ends) & (done < given.limits), done=done,
+        reads=state.reads + state.alive,
+    )  # fmt: skip
+
+
+def _drafted(program, draft_params, given, keys, state):
+    """What the draft model would say [B, K], and its cache, which has read all of it."""
+    apply, _ = program.of_draft
+
+    def step(carry, xs):
+        (cache, history, token), (key, i) = carry, xs
+        logits, cache = _read(apply, draft_params, token[:, None], state.alive[:, None], cache)
+        history_now = jax.tree.map(lambda x: x[:, None], history)
+        logits = transform(logits, given.how, (state.done + i)[:, None], history_now)[:, 0]
+        token = draw(key, logits)
+        history = penalties.after(history, token[:, None], state.alive[:, None], state.alive[:, None])
+        return (cache, history, token), token
+
+    begin = state.draft, state.history, state.token
+    (cache, _, _), guesses = jax.lax.scan(step, begin, (keys.T, jnp.arange(program.ahead + 1)))
+    return guesses[:-1].T, cache
+
+
+def look_up(text, first, end, *, count, match):
+    """What followed the last tokens of a text when they stood in it before.
+
+    Args:
+      text: [W] int32.
+      first, end: the text is what is in columns first to end - 1.
+      count: how many tokens to guess.
+      match: how many of the last tokens are compared at most.
+
+    Returns:
+      [count] int32; where the text has too few, those that it has over and over.
+
+    >>> print(look_up(jnp.array([7, 1, 2, 3, 4, 1, 2, 0]), 0, 7, count=3, match=2))
+    [3 4 1]
+    """
+    column = jnp.arange(len(text))
+    back = lambda i: (column - i >= first) & (jnp.roll(text, i) == text[jnp.maximum(end - 1 - i, 0)])
+    same = jnp.cumprod(jnp.stack([back(i) for i in range(match)]), 0).sum(0)  # ending here as the text does
+    at = jnp.argmax(jnp.where((column >= first) & (column < end - 1), same * len(text) + column, -1))
+    at = jnp.maximum(at, first)  # of a single token, which nothing stands before
+    return text[at + 1 + jnp.arange(count) % jnp.maximum(end - 1 - at, 1)]
