@@ -106,10 +106,10 @@ def _scaling(kind, given, fields):
     raise ValueError(f"{given.file}: rope_type is {kind!r}; only {known} are computed")
 
 
-def rope_fields(config: Config) -> dict:
+def rope_fields(config: Config, *, partial: bool) -> dict:
     """The inverse of ``rope``, for transformers 5, with ``rope_theta`` for those who still read that."""
     out = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_fraction != 1:
+    if partial and config.rope_fraction != 1:
         out["partial_rotary_factor"] = config.rope_fraction
     scaling = config.rope_scaling
     if scaling is not None:

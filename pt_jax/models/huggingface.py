@@ -23,7 +23,7 @@ from pt_jax.models.fields import Fields, activation, rope, rope_fields
 from pt_jax.models.placing import Filling, default_sharding
 from pt_jax.models.quantize import QuantizedFilling
 from pt_jax.models.quantize import quantize as quantize_tree
-from pt_jax.models.tensors import Made, Tensors, read_json, write
+from pt_jax.models.tensors import NAMES, Made, Tensors, read_json, write
 
 
 def load(path, *, dtype=jnp.float32, place=None, quantize=None):
@@ -47,6 +47,12 @@ def load(path, *, dtype=jnp.float32, place=None, quantize=None):
       ValueError: the folder, a field of its config or a tensor is not what this decoder can take; the message names
         the file and what was expected.
     """
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(
+            f"dtype is {jnp.dtype(dtype).name}; weights are of a float type, and quantize is for fewer bits"
+        )
+    if quantize is not None and not callable(quantize):
+        raise ValueError(f"quantize is {quantize!r}; give a function, such as models.quantize.int8")
     folder = local(path)
     config, tensors = opened(folder)
     family, shapes = families.FAMILIES[config.family], flatten_dict(parameters.shapes(config))
@@ -207,7 +213,7 @@ def to_json(config: Config, dtype: str) -> dict:
             "max_position_embeddings": config.max_length,
             "hidden_act": names[config.activation],
             "rms_norm_eps": config.eps,
-        } | rope_fields(config)
+        } | rope_fields(config, partial=family.partial_rope)
     ends = list(config.end_tokens)
     return out | family.fields(config) | {
         "tie_word_embeddings": config.tied,
@@ -352,6 +358,8 @@ def _check_tree(params, config):
     for name, shape in expected.items():
         if given[name].shape != shape:
             raise ValueError(f"params[{name!r}] has shape {given[name].shape}, the config asks for {shape}")
+        if np.dtype(given[name].dtype) not in NAMES:
+            raise ValueError(f"params[{name!r}] is of type {given[name].dtype}; a folder holds float types")
 
 
 def local(path, *, download=True) -> pathlib.Path:

@@ -71,6 +71,8 @@ class Adapter:
             if isinstance(given, str):
                 raise ValueError(f"{name} is the text {given!r}; give a tuple of patterns: ({given!r},)")
             object.__setattr__(self, name, None if given is None else tuple(given))  # hashable, also from a list
+        if self.targets == ():
+            raise ValueError("targets is empty, so nothing would be trained; None is the usual products")
         for of, rank, alpha in (("", self.rank, self.alpha), *((f" of {p!r}", r, a) for p, r, a in self.overrides)):
             checks.positive(f"rank{of}", rank)
             if rank != int(rank):

@@ -282,6 +282,28 @@ def test_no_config(folder):
     refused(folder, "has no config.json")
 
 
+def test_options_of_another_form(folder):
+    write(folder)
+    with pytest.raises(ValueError, match=r"^dtype is int8; weights are of a float type"):
+        load(folder, dtype=jnp.int8)
+    with pytest.raises(ValueError, match=r"^quantize is 'int8'; give a function, such as models.quantize.int8$"):
+        load(folder, quantize="int8")
+
+
+def test_whole_numbers_are_no_parameters(folder, model):
+    params, config = model
+    with pytest.raises(ValueError, match=r"^params\['embed'\] is of type int32; a folder holds float types$"):
+        save(folder, params | {"embed": params["embed"].astype(jnp.int32)}, config)
+
+
+def test_a_share_of_a_head_that_the_class_does_not_rotate_is_not_written(folder, model):
+    params, config = model
+    with pytest.raises(
+        ValueError, match=rf"^{folder}: rope_fraction is 0.5, which a config.json of the family \w+ cannot"
+    ):
+        save(folder, params, dataclasses.replace(config, rope_fraction=0.5))
+
+
 def test_an_adapter_is_no_model(folder):
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")

@@ -333,6 +333,7 @@ BAD = {
     "half a rank": (lambda p, a: lora.Adapter(rank=2.5), "rank must be a whole number, got 2.5"),
     "alpha": (lambda p, a: lora.Adapter(overrides=(("wq", 2, -1.0),)), "alpha of 'wq' must be above 0"),
     "a text": (lambda p, a: lora.Adapter(targets="wq"), r"targets is the text 'wq'; give a tuple"),
+    "no target": (lambda p, a: lora.Adapter(targets=()), "targets is empty, so nothing would be trained"),
     "missing": (lambda p, a: lora.attach(p, without(a, "layers", "wk", "b"), lora.Adapter(rank=3)),
                 r"adapters\['layers/wk/b'\] is missing; .* ask for \(2, 3, 2, 4\)"),
     "rank of another": (lambda p, a: lora.attach(p, a, lora.Adapter(rank=4)),
