@@ -1,7 +1,7 @@
 """Sampling with a look at every few tokens from outside of the program: to show them, and to stop where a text says so.
 
 The steps are those of ``sample``, and so are the tokens. A few steps at a time are one program, after which the host
-reads what was drawn, in one transfer, and says with the next call which rows it has stopped.
+reads what was drawn, in one transfer. Rows that it has stopped are drawn on, as long as others go on, and not read.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,7 +73,7 @@ def _chunks(program, given, params, prompts, seen, until, chunk):
         if read + first == room:
             room = next(rooms)
             state = _grown(program, whole, room, state)
-        state, new, going = _advanced(program, chunk, params, given, keys, state, ~stopped)
+        state, new, going = _advanced(program, chunk, params, given, keys, state)
         new, going = jax.device_get((new, going))
         new = {name: np.array(x.T[:, : program.length - first]) for name, x in new.items()}
         if until is not None:
@@ -88,6 +88,7 @@ def _chunks(program, given, params, prompts, seen, until, chunk):
 
 def _stop(until, texts, new, stopped):
     """Asks of every row that has new tokens, and takes back those behind its end; returns which rows are stopped."""
+    new["alive"][stopped] = False
     stopped = stopped.copy()
     for row in np.flatnonzero(new["alive"].any(1)):
         said, before = texts[row], len(texts[row])
@@ -113,9 +114,8 @@ def _grown(program, whole, room, state):
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _advanced(program, chunk, params, given, keys, state, go):
+def _advanced(program, chunk, params, given, keys, state):
     """Some steps more of the rows that go on: the state, what the steps drew [chunk, B], and which rows go on [B]."""
-    state = state._replace(alive=state.alive & go)
     step = lambda state, _: (decode.take_step(program, params, given, keys, state), None)
     state, _ = jax.lax.scan(step, state, length=chunk)
     new = {name: jax.lax.dynamic_slice_in_dim(x, state.done - chunk, chunk) for name, x in state.out.items()}

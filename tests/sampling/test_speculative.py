@@ -64,7 +64,7 @@ def assert_same(got, expected):
     np.testing.assert_allclose(got.logps, expected.logps, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("draft", "ahead"), [("look-up", 4), ("itself", 3), ("another", 1)])
+@pytest.mark.parametrize(("draft", "ahead"), [("look-up", 4), ("itself", 4), ("another", 1)])
 def test_every_sample_is_that_of_the_plain_loop(draft, ahead):
     """With all options on, a temperature a row, rows that end at many places, groups, and windows."""
     expected = plain("everything")

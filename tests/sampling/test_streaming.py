@@ -84,7 +84,15 @@ def test_rows_that_are_stopped_keep_what_they_said_until_then(plain, chunk):
         at = [i for i, token in enumerate(tokens) if token == common]
         return at[1] + 1 if len(at) > 1 else None
 
-    out = ask(sample_until, chunk=chunk, until=until)
+    over = []
+
+    def asked(tokens):
+        assert not any(tokens[: len(said)] == said for said in over), "a row that is over is asked again"
+        count = until(tokens)
+        over.extend([] if count is None else [tokens[:count]])
+        return count
+
+    out = ask(sample_until, chunk=chunk, until=asked)
     stopped = 0
     for row in range(6):
         said = plain.tokens[row, plain.alive[row]].tolist()
@@ -141,7 +149,6 @@ def saying(tokenizer, sentences):
         texts, stopped = [[] for _ in rows], np.zeros(len(rows), bool)
         for first in range(0, length, chunk):
             new = {"tokens": tokens[:, first : first + chunk], "alive": alive[:, first : first + chunk].copy()}
-            new["alive"][stopped] = False
             new["logps"] = np.zeros(new["tokens"].shape, np.float32)
             if until is not None:
                 stopped = streaming._stop(until, texts, new, stopped)
