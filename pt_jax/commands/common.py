@@ -45,7 +45,7 @@ class Training:
         folder; all weights are trained when not given.
       lora_alpha: the adapters' scale is alpha / rank; 32 when not given.
       lora_targets: products that get adapters, as patterns: wq, w[qv], down, expert_*. When not given, all of attention
-        and of feed-forward networks, but not of experts.
+        and of feed-forward networks; in a model with experts, of attention alone.
       dora: train the norms of the adapted weights apart (DoRA).
       rslora: scale by alpha / sqrt(rank) instead (rsLoRA).
       quantize: keep the frozen weights of the layers in 8 bits or in 4 (QLoRA) to save memory.

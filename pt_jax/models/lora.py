@@ -34,7 +34,8 @@ from pt_jax import checks
 from pt_jax.models import linear
 from pt_jax.models.parameters import PRODUCTS
 
-NOT_BY_DEFAULT = ("embed", "unembed", "router", "expert_gate", "expert_up", "expert_down")
+ATTENTION = ("wq", "wk", "wv", "wo")
+BY_DEFAULT = (*ATTENTION, "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Adapter:
       rank: r, columns of A.
       alpha: the scale is alpha / rank.
       targets: which products are adapted: patterns as of file names, of the last name on a leaf's path: "wq", "w[qkv]",
-        "expert_*". Each must match something. None: all products of attention and of feed-forward networks, but not of
-        experts, routers and embeddings.
+        "expert_*". Each must match something. None: all products of attention and of feed-forward networks; in a model
+        with experts, of attention alone, for which PEFT has a form.
       rslora: whether the scale is alpha / sqrt(rank).
       dora: whether the norms of the outputs are trained apart.
       overrides: (pattern, rank, alpha) of targets that have their own; the first that matches counts.
@@ -213,7 +214,8 @@ def targeted(params, how: Adapter) -> dict:
     """
     leaves = {path: w for path, w in flatten_dict(params).items() if path[-1] in PRODUCTS}
     if how.targets is None:
-        found = {path: w for path, w in leaves.items() if path[-1] not in NOT_BY_DEFAULT}
+        names = ATTENTION if any(path[-1] == "router" for path in leaves) else BY_DEFAULT
+        found = {path: w for path, w in leaves.items() if path[-1] in names}
     else:
         found = {p: w for p, w in leaves.items() if any(fnmatch.fnmatchcase(p[-1], t) for t in how.targets)}
     names = [path[-1] for path in leaves]
