@@ -187,7 +187,7 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     read, rows = prompts.shape[1] - 1, len(prompts) * program.group
     chunk = _chunk(program.length)
     whole = read + chunk * -(-program.length // chunk)
-    sized = partial(cache_of, program.init_cache, whole=whole)
+    sized = partial(cache_of, program.init_cache, asked=prompts.shape[1] + program.length)
     state, keys = begin(program, params, prompts, seen, given, sized), row_keys(given.key, given.ids, program.group)
     step = partial(take_step, program, params, given, keys)
     for room in rooms_of(read, whole, chunk):
@@ -299,11 +299,14 @@ def rooms_of(read: int, whole: int, chunk: int) -> list[int]:
     return rooms
 
 
-def cache_of(init_cache, rows, length, *, whole):
-    """The cache of ``whole`` tokens with room for ``length`` so far."""
-    small = jax.eval_shape(partial(init_cache, rows, length))
-    return jax.tree.map(lambda x, y: x if x.size == 0 else jax.lax.slice(x, [0] * x.ndim, y.shape),
-                        init_cache(rows, whole), small)  # fmt: skip
+def cache_of(init_cache, rows, length, *, asked):
+    """A cache of ``length`` columns that is made for ``asked`` tokens, however many it has room for now.
+
+    Arrays without numbers say by their shape how many it is made for (``models.cache``).
+    """
+    made_for = jax.eval_shape(partial(init_cache, rows, asked))
+    pick = lambda x, y: jnp.zeros(y.shape, y.dtype) if 0 in y.shape else x
+    return jax.tree.map(pick, init_cache(rows, length), made_for)
 
 
 def fitted(x, into):

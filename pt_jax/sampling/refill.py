@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pt_jax import checks
 from pt_jax.sampling import penalties
-from pt_jax.sampling.decode import Completions, check_prompts, repeat_rows, row_keys, spoken, vocabulary
+from pt_jax.sampling.decode import Completions, cache_of, check_prompts, repeat_rows, row_keys, spoken, vocabulary
 from pt_jax.sampling.distribution import Sampling
 
 CHUNK = 4  # steps between two looks at which slots are free
@@ -91,10 +91,11 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
     P, jobs, slots = len(prompts), len(keys), program.slots
     read = prompts.shape[1] - 1
     columns = read + program.length
+    sized = partial(cache_of, program.init_cache, asked=columns + 1)
     keys = jnp.concatenate([keys, keys[:1]])  # of slots without a job
     names = {"tokens": pad, "logps": jnp.float32(0), "alive": jnp.bool_(False)}
     state = _State(
-        cache=program.init_cache(slots, columns),
+        cache=sized(slots, columns),
         out={name: jnp.full((jobs + 1, program.length), x) for name, x in names.items()},
         job=jnp.full(slots, jobs), done=jnp.zeros(slots, jnp.int32), token=jnp.zeros(slots, jnp.int32),
         alive=jnp.zeros(slots, bool), next=jnp.int32(0), written=jnp.int32(0), history=None,
@@ -123,12 +124,12 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
         count = program.prompts * program.group
         rows = jnp.argsort(state.alive, stable=True)[:count]  # those that are free come first
         rows = jnp.where(jnp.repeat(which < P, program.group), rows, slots)  # out of range: dropped
-        cache = program.init_cache(count, read)
+        cache = sized(count, read)
         if read:
             text = prompts[given, :-1], seen[given, :-1]
-            _, cache = program.apply(params, *text, program.init_cache(program.prompts, read))
-            cache = repeat_rows(cache, lambda n: program.init_cache(n, read), program.group)
-        cache = _inserted(state.cache, cache, rows, program.init_cache, read, columns, (state.written - read) % columns)
+            _, cache = program.apply(params, *text, sized(program.prompts, read))
+            cache = repeat_rows(cache, lambda n: sized(n, read), program.group)
+        cache = _inserted(state.cache, cache, rows, sized, read, columns, (state.written - read) % columns)
         job = (which[:, None] * program.group + jnp.arange(program.group)[None]).reshape(-1)
         put = lambda x, new: x.at[rows].set(new, mode="drop")
         history = penalties.of_prompts(how, prompts[given], seen[given], vocab, program.group)

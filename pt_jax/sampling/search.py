@@ -101,7 +101,7 @@ def beam_search(
 @partial(jax.jit, static_argnums=0)
 def _search(program, params, prompts, seen, given, length_penalty):
     P, K, N = len(prompts), program.group, program.length
-    sized = partial(decode.cache_of, program.init_cache, whole=prompts.shape[1] - 1 + N)
+    sized = partial(decode.cache_of, program.init_cache, asked=prompts.shape[1] + N)
     begun = decode.begin(program, params, prompts, seen, given, lambda rows, _: sized(rows, prompts.shape[1] - 1 + N))
     none = _Beams(
         tokens=jnp.full((P, K, N), given.pad), logps=jnp.zeros((P, K, N)), length=jnp.zeros((P, K), jnp.int32),

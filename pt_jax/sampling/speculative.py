@@ -99,7 +99,7 @@ def _speculate(program, params, draft_params, prompts, seen, given):
     columns = T + N + K
 
     def prompt_read(apply, init_cache, params):
-        cache = jax.vmap(lambda _: init_cache(1, columns))(jnp.arange(P))
+        cache = jax.vmap(lambda _: decode.cache_of(init_cache, 1, columns, asked=T + N))(jnp.arange(P))
         cache = _read(apply, params, prompts[:, :-1], seen[:, :-1], cache)[1] if T > 1 else cache
         return jax.tree.map(lambda x: jnp.repeat(x, program.group, 0), cache)
 

@@ -64,15 +64,15 @@ def sample_until(params, prompts, seen, key, *, length, pad_token, **settings) -
 def _chunks(program, given, params, prompts, seen, until, chunk):
     """The generator behind ``stream``, whose arguments are checked before anybody asks for a token."""
     read, rows = np.shape(prompts)[1] - 1, len(prompts) * program.group
-    whole = read + chunk * -(-program.length // chunk)
+    whole, asked = read + chunk * -(-program.length // chunk), read + 1 + program.length
     rooms, room = iter(decode.rooms_of(read, whole, chunk)), read
-    state, keys = _begun(program, whole, params, prompts, seen, given)
+    state, keys = _begun(program, asked, params, prompts, seen, given)
     texts, ended, stopped = [[] for _ in range(rows)], np.zeros(rows, bool), np.zeros(rows, bool)
     ends, pad = jax.device_get((given.ends, given.pad))
     for first in range(0, program.length, chunk):
         if read + first == room:
             room = next(rooms)
-            state = _grown(program, whole, room, state)
+            state = _grown(program, asked, room, state)
         state, new, going = _advanced(program, chunk, params, given, keys, state)
         new, going = jax.device_get((new, going))
         new = {name: np.array(x.T[:, : program.length - first]) for name, x in new.items()}
@@ -101,15 +101,15 @@ def _stop(until, texts, new, stopped):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _begun(program, whole, params, prompts, seen, given):
-    cache = partial(decode.cache_of, program.init_cache, whole=whole)
+def _begun(program, asked, params, prompts, seen, given):
+    cache = partial(decode.cache_of, program.init_cache, asked=asked)
     keys = decode.row_keys(given.key, given.ids, program.group)
     return decode.begin(program, params, prompts, seen, given, cache), keys
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _grown(program, whole, room, state):
-    larger = decode.cache_of(program.init_cache, len(state.alive), room, whole=whole)
+def _grown(program, asked, room, state):
+    larger = decode.cache_of(program.init_cache, len(state.alive), room, asked=asked)
     return state._replace(cache=jax.tree.map(decode.fitted, state.cache, larger))
 
 

@@ -169,7 +169,8 @@ def test_an_adapter_of_another_model_is_refused(folder, other, message):
 @pytest.mark.parametrize("config,how,message", [
     (MIXTRAL, lora.Adapter(targets=("wq", "expert_up")), "target 'expert_up': PEFT has no settled form .* fold"),
     (MIXTRAL, lora.Adapter(targets=("router",)), "target 'router': PEFT has no settled form"),
-    (dataclasses.replace(MIXTRAL, family="ernie4_5_moe", shared_hidden=6), lora.Adapter(targets=("w[qkvo]", "shared_*")),
+    (dataclasses.replace(MIXTRAL, family="ernie4_5_moe", shared_hidden=6),
+     lora.Adapter(targets=("w[qkvo]", "shared_*")),
      r"target 'shared_\w+': in a model with experts, PEFT takes .* \((w[qkvo](, )?){4}\), or fold"),
     (PHI, lora.Adapter(targets=("wq", "wv"), dora=True), "target 'wk' is missing: phi3 keeps wq, wk, wv in one matrix"),
     (dataclasses.replace(GPT2, tied=True), lora.Adapter(targets=("embed",)), "only one side of GPT-2's tied"),

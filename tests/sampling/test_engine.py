@@ -1,6 +1,7 @@
 """The loop around the model: it ends with its last row, grows its cache, replays what it said, and takes what is asked
 a row at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, decode, sample, transform
+from pt_jax.models.config import RopeScaling
+from pt_jax.sampling import Sampling, decode, sample, sample_queue, sample_until, speculate, transform
 
 CONFIG = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False)
 MODEL = bind(CONFIG)
@@ -120,6 +122,23 @@ def test_what_is_kept_of_the_cache_is_that_of_the_training_array():
     seen = np.concatenate([np.repeat(SEEN, G, 0), out.alive], 1)
     seen[:, -1] = False  # the last token is drawn and not read
     np.testing.assert_array_equal(out.kept["position"], np.where(seen, seen.cumsum(1) - 1, -1))
+
+
+@pytest.mark.parametrize("original", [5 + N - 1, 5 + N])
+@pytest.mark.parametrize("by", [sample, functools.partial(sample_queue, slots=4), sample_until, speculate])
+def test_frequencies_are_those_of_the_training_array(by, original):
+    """Longrope chooses its list by the room for a text: prompt and answer, however many columns a cache has now."""
+    scaling = RopeScaling("longrope", 4.0, original, short=(1.0, 1.0), long=(3.0, 9.0))
+    model = bind(dataclasses.replace(CONFIG, rope_scaling=scaling))
+    out = by(
+        PARAMS, PROMPTS, SEEN, jax.random.key(3), apply=model.apply, init_cache=model.init_cache, length=N,
+        end_tokens=NEVER, pad_token=0,
+    )  # fmt: skip
+    out = out[0] if isinstance(out, tuple) else out
+    tokens = np.concatenate([PROMPTS, np.asarray(out.tokens)], 1)
+    logits = jax.jit(model.apply)(PARAMS, tokens, np.concatenate([SEEN, np.ones((3, N), bool)], 1))[0][:, 4:-1]
+    logps = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 5:, None], 2)[..., 0]
+    np.testing.assert_allclose(out.logps, logps, rtol=0, atol=1e-5)
 
 
 # ---- replay
