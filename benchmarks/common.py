@@ -1,6 +1,8 @@
 """What the benchmarks share: timing, the machine's own limits, and the line that each result is printed as."""
 
 import json
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -32,6 +34,18 @@ def bandwidth(n: int = 2**26) -> float:
     add = jax.jit(lambda x: x + 1)
     jax.block_until_ready(add(x))
     return 8 * n / best(partial(add, x))
+
+
+def in_a_process(file, side: str, **flags) -> dict | None:
+    """What a benchmark prints last, a JSON line, when it is run for one of its sides; None, and why, if it does not."""
+    command = [sys.executable, file, "--side", side]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{side} did not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def report(name: str, value: float, unit: str, floor: float, config: dict, **more):

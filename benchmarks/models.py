@@ -17,8 +17,6 @@ transformers are needed for the comparison only; without them the line has no ra
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -154,14 +152,10 @@ def of_torch(ask) -> dict:
 
 
 def turn(ask, side, folder) -> dict | None:
-    command = [sys.executable, __file__, "--side", side, *(["--folder", folder] if folder else [])]
-    for name in ("shape", "dtype", "rows", "length", "remat", "attention"):
-        command += [f"--{name}", str(getattr(ask, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{side} did not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    from common import in_a_process  # it imports jax, which torch's side is to be without
+
+    flags = {name: getattr(ask, name) for name in ("shape", "dtype", "rows", "length", "remat", "attention")}
+    return in_a_process(__file__, side, **flags | ({"folder": folder} if folder else {}))
 
 
 def main():

@@ -2,16 +2,19 @@
 
     python benchmarks/sampling.py                                                   # 8 layers of width 256, float32
     python benchmarks/sampling.py --shape qwen3-1.7b --dtype bfloat16 --rows 1 32 256        # on a GPU
+    python benchmarks/sampling.py --skewed --new 512                                # answers of very different lengths
 
 JSON lines: tokens a second at temperature 1 without an early end. The floor is the larger of two times a step: the
 bytes of the weights and of the cache's mean length at the measured bandwidth, and the operations of the products at the
 rate that a large product reaches, both in the same process. Each side runs in a process of its own, in turns.
+
+``--skewed``: useful tokens a second where one token in new / 8 ends an answer, so that lengths are geometric with a
+mean of an eighth of the limit: eight batches of ``sample``, one after the other, each until its last row ends, and the
+same prompts through as many slots of ``sample_queue``, which gives the same answers.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 
 import numpy as np
 from models import SHAPES, timed
@@ -24,6 +27,7 @@ def options():
     parser.add_argument("--rows", type=int, nargs="+", default=[32])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--skewed", action="store_true", help="answers of different lengths: refilled slots")
     parser.add_argument("--turns", type=int, default=2, help="of each side")
     parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -69,6 +73,37 @@ def ours(ask, rows) -> dict:
     return out | {"device": jax.devices()[0].device_kind, "read_share": reading * ask.new / best}
 
 
+def skewed(ask, rows) -> dict:
+    import jax
+    from models import config_of
+
+    from pt_jax import models
+    from pt_jax.sampling import sample, sample_queue
+
+    ask.length = ask.prompt + ask.new
+    config = config_of(ask)
+    params, bound = models.init(config, jax.random.key(0)), models.bind(config)
+    prompts, count = prompts_of(ask, 8 * rows), 8 * rows
+    seen, key = np.ones(prompts.shape, bool), jax.random.key(0)
+    settings = {"apply": bound.apply, "init_cache": bound.init_cache, "length": ask.new, "pad_token": 0}
+    settings["end_tokens"] = tuple(range(8 * config.vocab // ask.new))
+
+    def plain():
+        parts = [np.arange(i, i + rows) for i in range(0, count, rows)]
+        out = [sample(params, prompts[i], seen[i], key, prompt_ids=i, **settings) for i in parts]
+        return np.concatenate([x.alive for x in out])
+
+    def refilled():
+        return np.asarray(sample_queue(params, prompts, seen, key, slots=rows, **settings).alive)
+
+    useful, seconds = int(plain().sum()), {}
+    assert useful == refilled().sum()
+    for _ in range(ask.turns):
+        for run in (plain, refilled):
+            seconds[run] = min(timed(run, seconds=0.1)[0], seconds.get(run, np.inf))
+    return {"plain": useful / seconds[plain], "refilled": useful / seconds[refilled], "mean_length": useful / count}
+
+
 def of_torch(ask, rows) -> dict:
     import torch
     import transformers
@@ -94,14 +129,10 @@ def of_torch(ask, rows) -> dict:
 
 
 def turn(ask, side, rows) -> dict | None:
-    command = [sys.executable, __file__, "--side", side, "--rows", str(rows)]
-    for name in ("shape", "dtype", "prompt", "new"):
-        command += [f"--{name}", str(getattr(ask, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{side} did not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    from common import in_a_process  # it imports jax, which torch's side is to be without
+
+    flags = {name: getattr(ask, name) for name in ("shape", "dtype", "prompt", "new")}
+    return in_a_process(__file__, side, rows=rows, **flags)
 
 
 def main():
@@ -112,6 +143,14 @@ def main():
     import jax
 
     for rows in ask.rows:
+        asked = {name: getattr(ask, name) for name in ("shape", "dtype", "prompt", "new")} | {"rows": rows}
+        about = {"config": asked, "versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}
+        if ask.skewed:
+            out = skewed(ask, rows)
+            line = {"name": "sampling/sample_queue", "value": round(out["refilled"], 1), "unit": "tokens/s"}
+            line |= {"vs_sample": round(out["refilled"] / out["plain"], 2), "mean_length": round(out["mean_length"], 1)}
+            print(json.dumps(line | about))
+            continue
         turns = [{side: turn(ask, side, rows) for side in ("ours", "torch")} for _ in range(ask.turns)]
         mine, theirs = ([t[side] for t in turns if t[side]] for side in ("ours", "torch"))
         best = max(mine, key=lambda t: t["rate"])
@@ -124,8 +163,7 @@ def main():
             "share_of_bandwidth": round(best["read_share"], 3),
             "compile_s": round(min(t["compile"] for t in mine), 2),
         }
-        asked = {name: getattr(ask, name) for name in ("shape", "dtype", "prompt", "new")} | {"rows": rows}
-        print(json.dumps(line | {"config": asked, "versions": {"jax": jax.__version__}, "device": best["device"]}))
+        print(json.dumps(line | about))
 
 
 if __name__ == "__main__":
