@@ -141,7 +141,7 @@ def _check(config, tokens, seen, cache, routes):
 def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
     """``forward`` by the attention ``name``; ``whole``: without a mask, of whole rows with their padding behind."""
     if cache is None:
-        start, view, room = 0, visibility.sight(seen, 0, seen.shape[1]), seen.shape[1]
+        start, view, room = 0, visibility.sight(seen), seen.shape[1]
     else:
         start, view, after = caches.begin(cache, seen)
         room = cache["room"].shape[0]

@@ -124,7 +124,7 @@ def values(config: Config, params, tokens, seen, *, how=DEFAULT):
     """
     of_tokens = scores(config, params, tokens, seen, how=how)
     T = tokens.shape[1]
-    earlier = visibility.sight(seen, 0, T).visible[:, 0] & jnp.tri(T, k=-1, dtype=bool)[None]
+    earlier = visibility.sight(seen).visible[:, 0] & jnp.tri(T, k=-1, dtype=bool)[None]
     before = jnp.where(earlier, jnp.arange(T)[None, None], -1).max(-1)  # -1: nothing
     out = jnp.take_along_axis(of_tokens, jnp.maximum(before, 0), 1)
     return jnp.where(_there(seen) & (before >= 0), out, 0)

@@ -44,27 +44,23 @@ def check(seen) -> None:
         )
 
 
-def sight(seen, start, queries: int) -> Sight:
-    """What ``queries`` tokens from ``start`` on see of all.
+def sight(seen) -> Sight:
+    """What the tokens of whole rows see of each other; those that continue a cache ask ``cache.begin``.
 
     Args:
-      seen: of one of the forms above, S tokens a row.
-      start: where the queries begin; may be traced. Rows of several texts are asked for whole: from 0, S of them.
-      queries: T.
+      seen: of one of the forms above, T tokens a row.
     """
-    S = seen.shape[1]
-    visible = (start + jnp.arange(queries)[:, None] >= jnp.arange(S)[None])[None, None]
+    visible = jnp.tri(seen.shape[1], dtype=bool)[None, None]
     if seen.dtype == bool:
         visible = visible & seen[:, None, None]
-        of_keys = jnp.maximum(jnp.cumsum(seen, 1) - 1, 0)
+        position = jnp.maximum(jnp.cumsum(seen, 1) - 1, 0)
     else:
         text, branch = (seen, jnp.zeros_like(seen)) if seen.ndim == 2 else (seen[..., 0], seen[..., 1])
         query, key = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
         mine = (key(branch) == 0) | (key(branch) == query(branch))
         visible = visible & mine & (key(text) == query(text)) & (key(text) != 0)
-        of_keys = jnp.maximum(visible.sum(-1)[:, 0] - 1, 0)
-    position = jax.lax.dynamic_slice_in_dim(of_keys, start, queries, 1)
-    return Sight(position, visible, position[:, None, :, None] - of_keys[:, None, None])
+        position = jnp.maximum(visible.sum(-1)[:, 0] - 1, 0)
+    return Sight(position, visible, position[:, None, :, None] - position[:, None, None])
 
 
 def to_front(seen):

@@ -206,7 +206,7 @@ def test_sight_is_what_a_loop_says(form):
     branch = rng.integers(0, 3, text.shape) if form == "branches" else np.zeros_like(text)
     seen = {"one text": text > 0, "texts": text, "branches": np.stack([text, branch], -1)}[form]
     seen = jnp.asarray(seen, bool if form == "one text" else jnp.int32)
-    view = jax.tree.map(np.asarray, visibility.sight(seen, 0, n))
+    view = jax.tree.map(np.asarray, visibility.sight(seen))
     for row in range(len(text)):
         for q in range(n):
             sees = [k for k in range(n) if brute(text[row], branch[row], q, k)]
@@ -219,17 +219,6 @@ def test_sight_is_what_a_loop_says(form):
                 behind = len(sees) - 1 - sum(brute(text[row], branch[row], k, j) for j in range(n)) + 1
                 assert view.behind[row, 0, q, k] == behind
     assert view.position.min() >= 0
-
-
-def test_sight_of_a_part_is_a_part_of_sight():
-    seen = jnp.asarray(np.random.default_rng(1).integers(0, 2, (5, 9)) > 0)
-    whole = visibility.sight(seen, 0, 9)
-    for start, queries in [(0, 4), (3, 6), (8, 1)]:
-        part = jax.jit(visibility.sight, static_argnums=2)(seen, start, queries)
-        rows = slice(start, start + queries)
-        expected = whole.position[:, rows], whole.visible[:, :, rows], whole.behind[:, :, rows]
-        for a, b in zip(part, expected):
-            np.testing.assert_array_equal(a, b)
 
 
 def test_to_front_puts_what_is_seen_in_front_in_order_and_back():
