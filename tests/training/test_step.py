@@ -197,6 +197,76 @@ def test_metrics_of_rows_come_back_in_the_order_of_the_batch_and_scalars_add(mic
     assert metrics["loss"].shape == metrics["grad_norm"].shape == ()
 
 
+def poisoned(at, what, leaf="x"):
+    """A batch a step; those of these numbers hold something that is not finite."""
+
+    def batch(i):
+        out = linear_batch()
+        return out | ({leaf: np.where(np.arange(8) == 5, what, out[leaf].T).T.astype(np.float32)} if i in at else {})
+
+    return batch
+
+
+EVERYTHING = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1))
+
+
+def count_good(state, metrics):
+    return state.replace(extra={"sum": state.extra["sum"] + metrics["sum"]}, averages=jax.tree.map(
+        lambda a, p: 0.9 * a + 0.1 * p, state.averages, state.params
+    ))  # fmt: skip
+
+
+@functools.cache
+def guarded_step(microbatches):
+    return make_train_step(linear, EVERYTHING, microbatches=microbatches, after=[count_good])
+
+
+def guarded_state():
+    start = {"w": jnp.ones(3)}
+    return init_state(start, EVERYTHING, jax.random.key(0), averages=start, extra={"sum": jnp.float32(0)})
+
+
+def plain(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize(("what", "leaf"), [(np.nan, "x"), (np.inf, "x"), (-np.inf, "weights"), (np.nan, "weights")])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(what, leaf, microbatches):
+    """One row of one microbatch is enough. Without the guard, a clip by the norm makes every parameter NaN."""
+    step, state, batch, seen = guarded_step(microbatches), guarded_state(), poisoned({1, 2}, what, leaf), []
+    for i in range(5):
+        state, metrics = step(state, np.float32(0), batch(i))
+        seen.append((plain(state), int(metrics["skipped"])))
+    assert [skipped for _, skipped in seen] == [0, 1, 1, 0, 0]
+    assert [(int(s.step), int(s.skipped), int(s.bad)) for s, _ in seen] == [
+        (1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 2, 0),
+    ]  # fmt: skip
+    counts = {"step": 0, "skipped": 0, "bad": 0}
+    for s, _ in seen[1:3]:
+        jax.tree.map(np.testing.assert_array_equal, s.replace(**counts), seen[0][0].replace(**counts))
+    assert not np.array_equal(seen[3][0].params["w"], seen[2][0].params["w"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(seen[4][0]))
+
+
+def test_a_loss_that_is_not_finite_is_enough():
+    """Its gradient may be: the gradient of what is added to it is 0."""
+    loss = lambda params, frozen, batch, key: (params["w"].sum() + frozen, {})
+    step, state = make_train_step(loss, SGD), linear_state()
+    state, metrics = step(state, np.float32(np.inf), linear_batch())
+    assert (int(metrics["skipped"]), float(metrics["grad_norm"])) == (1, pytest.approx(3**0.5))
+    np.testing.assert_array_equal(state.params["w"], np.ones(3))
+
+
+def test_a_gradient_that_is_not_finite_is_enough():
+    """The square root of 0 is 0, and has no slope."""
+    loss = lambda params, frozen, batch, key: (jnp.sqrt(params["w"] * 0).sum(), {})
+    state, metrics = make_train_step(loss, SGD)(linear_state(), None, linear_batch())
+    assert (int(metrics["skipped"]), float(metrics["loss"])) == (1, 0.0)
+    np.testing.assert_array_equal(state.params["w"], np.ones(3))
+
+
 def test_what_is_frozen_is_an_argument():
     step = make_train_step(linear, SGD)
     losses = [step(linear_state(), np.float32(frozen), linear_batch())[1]["loss"] for frozen in (0, 5)]
