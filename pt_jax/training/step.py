@@ -39,6 +39,11 @@ class TrainState:
     skipped: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
     bad: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
 
+    @property
+    def updates(self) -> jax.Array:
+        """Steps that were not skipped: int32 []."""
+        return self.step - self.skipped
+
 
 def init_state(params, optimizer, key, *, averages=None, reference=None, extra=None) -> TrainState:
     """The state before the first step.
