@@ -12,7 +12,7 @@ from common import best, peak, report
 
 from pt_jax import models, training
 from pt_jax.recipes import sft
-from pt_jax.training import optimizers
+from pt_jax.training import optimizers, schedules
 
 CONFIG = models.Config(vocab=512, layers=4, width=160, heads=5, kv_heads=5, head_width=32, hidden=432, tied=False)
 ROWS, LENGTH, STEPS = 16, 64, 20
@@ -20,7 +20,7 @@ ROWS, LENGTH, STEPS = 16, 64, 20
 
 def main():
     params = models.init(CONFIG, jax.random.key(0))
-    optimizer = optimizers.adamw(1e-3, STEPS)
+    optimizer = optimizers.adamw(schedules.linear(1e-3, STEPS))
     step = training.make_train_step(sft.make_loss(models.bind(CONFIG).apply), optimizer)
     examples = np.random.default_rng(0).integers(0, CONFIG.vocab, (ROWS, LENGTH), dtype=np.int32)
     batch = {"tokens": examples, "seen": np.ones_like(examples, bool), "mask": np.ones_like(examples, bool)}

@@ -256,7 +256,7 @@ def _optimizer(options, default, steps):
     )
     warmup = _warmup(options, steps)
     if kind == "constant" and (b1, eps) == (0.9, 1e-8) and clip > 0:
-        return optimizers.adamw(peak, steps, final=1.0, weight_decay=decay, clip=clip, b2=b2)
+        return optimizers.adamw(peak, weight_decay=decay, clip=clip, b2=b2)
 
     def rate(done):
         rising = done / max(1, warmup)

@@ -14,7 +14,7 @@ from pt_jax.commands import adapters, runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
-from pt_jax.training import init_state, loop, make_train_step, optimizers, sharding
+from pt_jax.training import init_state, loop, make_train_step, optimizers, schedules, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,10 +197,8 @@ class Fit:
                 f"{hold} devices and {parts} microbatches"
             )
         self.updates = self.steps * getattr(options, "updates", 1)
-        optimizer = optimizers.adamw(
-            options.learning_rate, self.updates, warmup=options.warmup, weight_decay=options.weight_decay,
-            clip=options.clip,
-        )  # fmt: skip
+        rate = schedules.linear(options.learning_rate, self.updates, warmup=options.warmup)
+        optimizer = optimizers.adamw(rate, weight_decay=options.weight_decay, clip=options.clip)
         self.how, self.frozen, trained = adapters.of(options), None, model.params
         key = jax.random.key(options.seed)
         if self.how is not None:

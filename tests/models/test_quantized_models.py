@@ -13,7 +13,7 @@ from pt_jax import models
 from pt_jax.models import Config, Execution, bind, decoder, linear, lora, parameters, placing, quantize
 from pt_jax.models.quantize import int8, nf4, nf4_double
 from pt_jax.sampling import Sampling, sample
-from pt_jax.training import init_state, make_train_step, optimizers, sharding
+from pt_jax.training import init_state, make_train_step, optimizers, schedules, sharding
 
 HOWS = {"int8": int8, "nf4": nf4, "nf4_double": nf4_double}
 ALL = pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
@@ -172,7 +172,7 @@ def test_no_more_than_a_layer_is_ever_there_in_full(how, remat):
 def test_training_a_quantised_tree_is_refused_by_name():
     small, _ = quantized(DENSE, int8)
     with pytest.raises(ValueError, match=r"^params.layers.down.values is int8, which no gradient reaches"):
-        init_state(small, optimizers.adamw(1e-3, 3), jax.random.key(0))
+        init_state(small, optimizers.adamw(1e-3), jax.random.key(0))
 
 
 @functools.cache
@@ -210,11 +210,11 @@ def test_a_step_trains_adapters_and_leaves_the_base_bit_for_bit():
     small, adapter, mesh = quantized(DENSE, nf4)[0], lora.Adapter(rank=2), sharding.make_mesh(8)
     loss_fn = lora.adapted(lambda params, frozen, batch, key: (nll(DENSE, params, batch), {}), adapter)
     fresh = jit(lambda key: lora.init(key, weights(DENSE), adapter))(jax.random.key(0))
-    state = init_state(fresh, optimizers.adamw(3e-2, 20, warmup=0.0), jax.random.key(0))
+    state = init_state(fresh, optimizers.adamw(schedules.linear(3e-2, 20)), jax.random.key(0))
     state = jax.device_put(state, layout := sharding.by_name(state, mesh))
     base = jax.device_put(small, sharding.by_name(small, mesh))
     rows = jax.device_put(batch((9, 4, 5, 3, 5, 6, 7, 8) * 2), sharding.rows(mesh))
-    step = make_train_step(loss_fn, optimizers.adamw(3e-2, 20, warmup=0.0), microbatches=2, shardings=layout)
+    step = make_train_step(loss_fn, optimizers.adamw(schedules.linear(3e-2, 20)), microbatches=2, shardings=layout)
     losses = []
     for _ in range(8):
         state, metrics = step(state, (base, None), rows)

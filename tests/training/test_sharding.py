@@ -20,7 +20,7 @@ CONFIG = models.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_w
 
 @pytest.fixture(scope="module")
 def state():
-    start = partial(init_state, optimizer=optimizers.adamw(1e-3, 9))
+    start = partial(init_state, optimizer=optimizers.adamw(1e-3))
     return jax.eval_shape(lambda key: start(models.init(CONFIG, key), key=key), jax.random.key(0))
 
 
