@@ -11,15 +11,23 @@ scores = scale * q k^T;   scores = cap tanh(scores / cap), with a soft-cap;   ou
     "splash"    Pallas's flash attention for TPUs: causal, windows, soft-caps, packed rows by numbers of texts; no
                 cache and no branches, which numbers that are equal or not cannot say. Nothing of size T * S is in
                 memory, and blocks of 128 tokens or more that are hidden are not computed.
+
+Where the tokens of a row lie on several devices (``meshes``), each has its own queries and gathers the keys and values
+of all: with grouped heads they are few, and the gradient goes back by a sum that leaves each device its own. Scores and
+everything else of size T are an n-th on each of n devices. Tokens stay in their order: the plain program computes
+hidden scores as well, so that all devices have the same to do; splash leaves them out, and the device with the last
+tokens has up to twice the mean of work. cuDNN is handed a mask.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from pt_jax.models import meshes
 from pt_jax.models.config import Config
 
 LANES = 128  # splash works in blocks of this many tokens, or of multiples
@@ -60,8 +68,9 @@ def _against_cudnn(config, dtype, seen, cached):
     widest = 256 if _hopper() else 128
     if config.head_width % 8 or config.head_width > widest:
         return f"takes heads of a multiple of 8 numbers, up to {widest}, not of {config.head_width}"
-    if seen.dtype != bool and seen.shape[1] % 2:
-        return f"takes packed rows of an even number of tokens, not of {seen.shape[1]}"
+    T = seen.shape[1]
+    if T % 2 and (seen.dtype != bool or meshes.apart(T)):
+        return f"takes packed rows of an even number of tokens, not of {T}"
     return None
 
 
@@ -76,7 +85,7 @@ def _against_splash(config, dtype, seen, cached):
     if seen.ndim == 3:
         return "does not know texts that share their beginning"
     if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
-        return "splits its work over devices by the mesh of jax.set_mesh, and none is set"
+        return "splits its work over devices by the mesh of jax.set_mesh or training.sharding.within, and none is set"
     return None
 
 
@@ -110,6 +119,8 @@ def of_mask(name: str, visible, *, scale, softcap=None):
       scale: of the scores; may be traced in "plain".
       softcap: bounds the scores before the mask (Gemma 2), or None.
     """
+    if meshes.apart(visible.shape[2]):
+        return functools.partial(_over_context, name=name, visible=visible, scale=scale, softcap=softcap)
     if name == "cudnn":
         return functools.partial(
             jax.nn.dot_product_attention, mask=visible, scale=scale, is_causal=True, implementation="cudnn"
@@ -161,42 +172,53 @@ def _plain(q, k, v, *, visible, scale, softcap):
     return jnp.einsum("bkgts,bskc->btkgc", shares, v).reshape(B, T, heads, width)
 
 
+def _over_context(q, k, v, *, name, visible, scale, softcap):
+    """Each device's queries to the keys of the whole row."""
+
+    def of_mine(q, k, v, visible, scales):
+        k, v = (meshes.gathered(x, "context", 1) for x in (k, v))
+        if name == "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation="cudnn")
+        return _plain(q, k, v, visible=visible, scale=scales, softcap=softcap)
+
+    rows = P(meshes.rows(len(q)), "context", meshes.splits("tensor", k.shape[2]))
+    seen = P(rows[0] if len(visible) > 1 else None, None, "context")
+    scales = jnp.asarray(scale, jnp.float32)  # it may be a layer's own, and traced
+    return meshes.on_each(of_mine, (rows, rows, rows, seen, P()), rows)(q, k, v, visible, scales)
+
+
 def _splash(q, k, v, *, window, scale, softcap, texts):
-    """Rows filled up to whole blocks: causally, no token sees what is behind it."""
+    """Rows filled up to whole blocks: causally, no token sees what is behind it.
+
+    The compiler does not split kernels itself: each device is given its own rows, heads and queries.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     B, T = q.shape[:2]
-    more = -T % LANES
+    batch, context, heads = meshes.rows(B), meshes.splits("context", T), meshes.splits("tensor", k.shape[2])
+    parts, of_heads = (meshes.size(axis) for axis in (context, heads))
+    more = -T % (LANES * parts)
     length = T + more
     fill = lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
     mask = splash.LocalMask((length, length), (window - 1, 0), 0) if window else splash.CausalMask((length, length))
-    block = next(size for size in (4 * LANES, 2 * LANES, LANES) if length % size == 0)
+    block = next(size for size in (4 * LANES, 2 * LANES, LANES) if length % (size * parts) == 0)
     sizes = {f"block_{side}": block for side in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    compute = splash.make_splash_mha(
+        splash.splash_attention_mask.MultiHeadMask([mask] * q.shape[2]), block_sizes=splash.BlockSizes(**sizes),
+        attn_logits_soft_cap=softcap, head_shards=of_heads, q_seq_shards=parts,
+        interpret=jax.default_backend() != "tpu",
+    )  # fmt: skip
 
-    def rows(q, k, v, texts):
-        compute = splash.make_splash_mha(
-            splash.splash_attention_mask.MultiHeadMask([mask] * q.shape[1]), block_sizes=splash.BlockSizes(**sizes),
-            attn_logits_soft_cap=softcap, head_shards=1, q_seq_shards=1, interpret=jax.default_backend() != "tpu",
-        )  # fmt: skip
-        ids = None if texts is None else splash.SegmentIds(texts, texts)
+    def rows(compute, q, k, v, texts):
+        k, v = (meshes.gathered(x, context, 2) for x in (k, v))
+        ids = None if texts is None else splash.SegmentIds(texts, meshes.gathered(texts, context, 1))
         return jax.vmap(compute)(q, k, v, ids)
 
+    if meshes.sizes():
+        spec = P(batch, heads, context)
+        each = compute.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(heads, context)))
+        rows = meshes.on_each(rows, (each, spec, spec, spec, P(batch, context)), spec)
     first = lambda x: fill(x).swapaxes(1, 2)  # heads before tokens
     q = q * jnp.asarray(scale, q.dtype)
-    texts = None if texts is None else fill(texts)
-    out = _on_mesh(rows, B, k.shape[2])(first(q), first(k), first(v), texts)
+    out = rows(compute, first(q), first(k), first(v), None if texts is None else fill(texts))
     return out.swapaxes(1, 2)[:, :T]
-
-
-def _on_mesh(rows, count, kv_heads):
-    """A function of q, k, v, texts on each device's own rows and heads: the compiler does not split kernels itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return rows
-    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 and kv_heads % mesh.shape["tensor"] == 0 else None
-    batch = tuple(axis for axis in mesh.axis_names if axis != "tensor")
-    batch = batch if count % math.prod(mesh.shape[axis] for axis in batch) == 0 else None
-    spec = jax.sharding.PartitionSpec(batch, heads)
-    return jax.shard_map(
-        rows, in_specs=(spec, spec, spec, jax.sharding.PartitionSpec(batch)), out_specs=spec, check_vma=False
-    )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.models import attention, experts, linear, parameters, rotary, visibility
+from pt_jax.models import attention, experts, linear, meshes, parameters, rotary, visibility
 from pt_jax.models import cache as caches
 from pt_jax.models.config import DEFAULT, Config, Execution
 
@@ -117,8 +117,9 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     _check(config, tokens, seen, cache, routes)
     dtype = how.dtype or jax.eval_shape(linear.take, params["embed"], tokens).dtype
     name = attention.kernel(config, how.attention, dtype=jnp.dtype(dtype), seen=seen, cached=cache is not None)
-    whole = name != "plain" and cache is None and (seen.dtype == bool or name == "splash")
-    if not whole or seen.dtype != bool:
+    apart = meshes.apart(seen.shape[1])  # whose tokens would have to travel to stand in front
+    whole = name != "plain" and cache is None and (name == "splash" or (seen.dtype == bool and not apart))
+    if not whole or seen.dtype != bool or apart:
         return _forward(config, params, tokens, seen, cache, how, routes, name, whole)
     order, back = visibility.to_front(seen)
     tokens, seen = (visibility.arranged(x, order) for x in (tokens, seen))
@@ -269,7 +270,7 @@ def _masked(config, view, name, whole):
 
 def _whole_rows(config, seen, name):
     """Attention of whole rows, whose windows are part of the program: of different ones each layer takes its own."""
-    texts = None if seen.dtype == bool else seen
+    texts = None if seen.dtype == bool and not meshes.apart(seen.shape[1]) else seen.astype(jnp.int32)
     windows = sorted(set(config.windows)) or [0]
 
     def look(choice, **scores):
