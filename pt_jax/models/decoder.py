@@ -86,12 +86,9 @@ def _feed_forward(config, w, h, has_experts, route):
     """The network of a layer, or its experts; and their ``Routing``, or None."""
     if not has_experts:
         return _network(config, w, h), None
-    flat = lambda x: x.reshape(-1, x.shape[-1])
-    deep = lambda x: x.reshape(*h.shape[:2], -1)
-    activation = ACTIVATIONS[config.activation]
-    y, choices, logits = experts.mixture(config, w, flat(h), activation, None if route is None else flat(route))
-    y = deep(y) + _network(config, w, h, "shared_") if config.shared_hidden else deep(y)
-    return y, experts.Routing(deep(logits), deep(choices))
+    y, choices, logits = experts.of_rows(config, w, h, ACTIVATIONS[config.activation], route)
+    y = y + _network(config, w, h, "shared_") if config.shared_hidden else y
+    return y, experts.Routing(logits, choices)
 
 
 def _finish(config, w, x, attended, has_experts, route):
