@@ -134,29 +134,83 @@ def of_mask(name: str, visible, *, scale, softcap=None):
 
 
 def of_cache(name: str, visible, *, scale, softcap=None):
-    """Attention of a few queries to the keys [B, k, c, S] and values [B, k, S, c] of a cache; else as ``of_mask``."""
+    """Attention of a few queries to the parts of a cache: a function of q and the parts.
+
+    A part is k [R, k, c, S] and v [R, k, S, c], and the scales of numbers in int8 (``cache``). Where R is less than B,
+    B / R rows after each other share it.
+
+    Args:
+      name: "plain" or "cudnn".
+      visible: [B, 1, T, S] bool of each part.
+      scale, softcap: as ``of_mask``.
+    """
     if name == "cudnn":
-        compute = functools.partial(jax.nn.dot_product_attention, mask=visible, scale=scale, implementation="cudnn")
-        return lambda q, k, v: compute(q, jnp.moveaxis(k, 3, 1).astype(q.dtype), v.swapaxes(1, 2).astype(q.dtype))
+        mask = jnp.concatenate(visible, 3)
+        compute = functools.partial(jax.nn.dot_product_attention, mask=mask, scale=scale, implementation="cudnn")
+        return lambda q, parts: compute(q, *_joined(parts, len(q), q.dtype))
     return functools.partial(_cached, visible=visible, scale=scale, softcap=softcap)
 
 
-def _cached(q, k, v, *, visible, scale, softcap):
-    """The queries of the heads that share keys are the rows of one product, and the keys lie as it wants them.
+def _joined(parts, rows, dtype):
+    """Keys and values [B, S, k, c] of all parts."""
+    one = lambda part, name, axis: jnp.repeat(
+        jnp.moveaxis(_numbers(part, name, dtype), axis, 1), rows // len(part[name]), 0
+    )
+    return (jnp.concatenate([one(part, *of) for part in parts], 1) for of in (("k", 3), ("v", 2)))
 
-    XLA's products over keys and values [B, S, k, c] take three times as long on a CPU.
+
+def _numbers(part, name, dtype):
+    x, scale = part[name].astype(dtype), part.get(f"{name}_scale")
+    return x if scale is None else x * jnp.expand_dims(scale, 2 if name == "k" else 3).astype(dtype)
+
+
+def _cached(q, parts, *, visible, scale, softcap):
+    """Softmax over all parts together: of each its largest score, and with it what its shares add up to.
+
+    With m_i the largest score of part i, e_i = exp(scores_i - m_i) and w_i = exp(m_i - max m),
+
+        out = sum of w_i (e_i v_i) / sum of w_i (sum of e_i)
+    """
+    one = functools.partial(_of_part, q, scale=scale, softcap=softcap)
+    if len(parts) == 1:
+        return one(parts[0], visible[0], shares=jax.nn.softmax)[0]
+    outs, tops, sums = zip(*(one(part, seen, shares=_unnormalised) for part, seen in zip(parts, visible)))
+    top = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp(x - top) for x in tops]
+    whole = sum(w * x for w, x in zip(weights, sums))
+    return sum((w / whole).astype(q.dtype)[..., None] * out for w, out in zip(weights, outs))
+
+
+def _unnormalised(scores):
+    return jnp.exp(scores - scores.max(-1, keepdims=True))
+
+
+def _of_part(q, part, visible, *, scale, softcap, shares):
+    """What queries [B, T, h, c] get of a part [R, ...], its largest scores and the sums of its shares [B, T, h].
+
+    The queries of the heads and of the rows that share keys are the rows of one product, and the keys lie as it wants
+    them. XLA's products over keys and values [B, S, k, c] take three times as long on a CPU.
     """
     B, T, heads, width = q.shape
-    groups = k.shape[1]
-    shape = (B, groups, T, heads // groups)
-    q = q.reshape(B, T, groups, -1, width).swapaxes(1, 2).reshape(B, groups, -1, width)
-    scores = jnp.einsum("bkxc,bkcs->bkxs", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    R, groups, _, S = part["k"].shape
+    each = (B // R, T, heads // groups)
+    many = lambda x: x.reshape(R, *each[:2], groups, each[2], width).transpose(0, 3, 1, 2, 4, 5)
+    q = many(q).reshape(R, groups, -1, width)
+    scores = jnp.einsum("bkxc,bkcs->bkxs", q, part["k"].astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    if "k_scale" in part:
+        scores = scores * part["k_scale"][:, :, None]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, :, :, None], scores.reshape(*shape, -1), jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores).astype(q.dtype).reshape(*scores.shape[:2], -1, scores.shape[-1])
-    out = jnp.einsum("bkxs,bksc->bkxc", shares, v.astype(q.dtype))
-    return out.reshape(*shape, width).swapaxes(1, 2).reshape(B, T, heads, width)
+    visible = visible.reshape(R, 1, *each[:2], 1, S)
+    scores = jnp.where(visible, scores.reshape(R, groups, *each, S), jnp.finfo(jnp.float32).min)
+    shared = shares(scores)
+    back = lambda x: jnp.moveaxis(x, 1, 3).reshape(B, T, heads, *x.shape[5:])
+    top, whole = back(scores.max(-1)), back(shared.sum(-1))
+    if "v_scale" in part:
+        shared = shared * part["v_scale"][:, :, None, None, None]
+    shared = shared.astype(q.dtype).reshape(R, groups, -1, S)
+    out = jnp.einsum("bkxs,bksc->bkxc", shared, part["v"].astype(q.dtype))
+    return back(out.reshape(R, groups, *each, width)), top, whole
 
 
 def _plain(q, k, v, *, visible, scale, softcap):

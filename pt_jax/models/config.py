@@ -4,6 +4,9 @@ import dataclasses
 import numbers
 from typing import Literal, get_args, get_type_hints
 
+FLOATS = ("float32", "bfloat16", "float16")
+CACHES = (*FLOATS, "int8")  # what keys and values may be kept in
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -214,6 +217,7 @@ class Execution:
         computed again.
       dtype: that the model computes in, such as "bfloat16"; None: that of the embedding. Norms' statistics, positions,
         softmax and routers are float32 always.
+      cache_dtype: of keys and values in a cache, such as "int8" (``cache.init_cache``); None: ``dtype``, or float32.
 
     >>> Execution(remat="all")
     Traceback (most recent call last):
@@ -223,14 +227,14 @@ class Execution:
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
     remat: Literal["none", "layer", "dots"] = "none"
     dtype: str | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self):
-        for name in ("attention", "remat"):
-            known = get_args(get_type_hints(Execution)[name])
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(repr, known))}")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; known are None, 'float32', 'bfloat16', 'float16'")
+        known = {name: get_args(get_type_hints(Execution)[name]) for name in ("attention", "remat")}
+        known |= {"dtype": (None, *FLOATS), "cache_dtype": (None, *CACHES)}
+        for name, those in known.items():
+            if getattr(self, name) not in those:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(repr, those))}")
 
 
 DEFAULT = Execution()

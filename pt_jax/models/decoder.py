@@ -1,8 +1,8 @@
 """A decoder as functions over a dict of arrays: one program for every family, chosen by ``Config``.
 
 Letters and the parameter tree are those of ``parameters``. Layers are stacked on axis 0 and scanned, so that compile
-time does not grow with depth; where layers with experts and without follow each other, each run of one kind is a scan
-of its own.
+time does not grow with depth; where layers of different kinds follow each other, each run of one kind is a scan of its
+own (``runs``).
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.models import attention, experts, linear, meshes, parameters, rotary, visibility
+from pt_jax.models import attention, experts, linear, meshes, parameters, rotary, runs, visibility
 from pt_jax.models import cache as caches
 from pt_jax.models.config import DEFAULT, Config, Execution
 
@@ -139,36 +139,85 @@ def _check(config, tokens, seen, cache, routes):
 def _forward(config, params, tokens, seen, cache, how, routes, name, whole):
     """``forward`` by the attention ``name``; ``whole``: without a mask, of whole rows with their padding behind."""
     if cache is None:
-        start, view, room = 0, visibility.sight(seen), seen.shape[1]
+        view = visibility.sight(seen)
+        x = _embedded(config, params, tokens, view.position, how)
+        look = _whole_rows(config, seen, name) if whole else _masked(config, view, name)
+        x, routing = _through(config, params, x, _per_layer(config, view.position, seen.shape[1], look), how, routes)
     else:
-        start, view, after = caches.begin(cache, seen)
-        room = cache["room"].shape[0]
-    x = _embedded(config, params, tokens, view.position, how)
-    look = _whole_rows(config, seen, name) if whole else _masked(config, view, name, cache is None)
-    of_layer = _per_layer(config, view, room, look)
-    carry, routings = (x,) if cache is None else (x, cache["k"], cache["v"]), []
-    for run in _runs(config):
-        # The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
-        def block(carry, xs, run=run):
-            i, w, choice, route = xs
-            rotation, look = of_layer(choice)
-            x, *kv = carry
-            q, k, v = _qkv(config, w, x, rotation)
-            if kv:
-                kv, (k, v) = zip(*(caches.append(*each, i, start, axis) for *each, axis in zip(kv, (k, v), (4, 3))))
-            x, routing = _finish(config, w, x, look(q, k, v), run.has_experts, route)
-            return (x, *kv), routing
+        begun, after = caches.begin(config, cache, seen)
+        x = _embedded(config, params, tokens, begun.position, how)
+        if begun.lost is not None:
+            x = jnp.where(begun.lost[..., None], jnp.asarray(jnp.nan, x.dtype), x)
+        x, routing, cache = _through_cache(config, params, x, after, begun, name, routes)
+    return Output(_norm(config, params, "norm", x), cache, routing)
 
-        carry, routing = jax.lax.scan(_rematerialised(block, how), carry, run.xs(config, params["layers"], routes))
-        routings += [] if routing is None else [routing]
-    x = _norm(config, params, "norm", carry[0])
-    routing = jax.tree.map(lambda *x: jnp.concatenate(x), *routings) if routings else None
-    if cache is not None:
-        cache = after | {"k": carry[1], "v": carry[2]}
-        if routing is not None:
-            at = (0, 0, start, 0)
-            cache["routes"] = jax.lax.dynamic_update_slice(cache["routes"], routing.choices, at)
-    return Output(x, cache, routing)
+
+def _through(config, params, x, of_layer, how, routes):
+    """All layers of whole rows: what comes out, and the routing of those with experts."""
+    routings = []
+    for run in runs.of(config):
+
+        def block(x, xs, run=run):
+            w, choice, route = xs
+            rotation, look = of_layer(choice)
+            return _finish(config, w, x, look(*_qkv(config, w, x, rotation)), run.has_experts, route)
+
+        x, routing = jax.lax.scan(_rematerialised(block, how), x, run.xs(config, params["layers"], routes))
+        routings.append(routing)
+    return x, _together(routings)
+
+
+def _together(routings):
+    """The routing of layers that follow each other, where there is any."""
+    routings = [x for x in routings if x is not None]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *routings) if routings else None
+
+
+def _through_cache(config, params, x, cache, begun, name, routes):
+    """All layers of rows that continue a cache: what comes out, the routing, and the cache with the new tokens.
+
+    The cache travels in the carry and is written in place; as xs and ys of the scan it would be copied whole.
+    """
+    choices, room = runs.choices(config), cache["room"].shape[0]
+    prefix = None if cache["prefix"] is None else caches.stacks(cache["prefix"])
+    of_layer = {
+        kind: _per_layer(config, begun.position, room, _in_cache(config, name, place, kind == "near"))
+        for kind, place in begun.places.items()
+    }
+
+    def block(carry, layer, has_experts, near):
+        (x, stacks), kind = carry, "near" if near else "far"
+        w = layer.weights(params["layers"], has_experts)
+        rotation, look = of_layer[kind](runs.take(choices, layer.index))
+        q, k, v = _qkv(config, w, x, rotation)
+        in_front = prefix and prefix[kind]
+        stack, parts = caches.append(stacks[kind], layer.of_cache, k, v, begun.places[kind], in_front)
+        route = runs.take(routes, layer.of_network) if has_experts else None
+        x, routing = _finish(config, w, x, look(q, parts), has_experts, route)
+        return (x, stacks | {kind: stack}), routing
+
+    def turn(carry, layers, kinds):
+        routings = []
+        for kind, run in zip(kinds, layers):
+            carry, routing = jax.lax.scan(lambda carry, layer, kind=kind: block(carry, layer, *kind), carry, run)
+            routings.append(routing)
+        return carry, _together(routings)
+
+    carry, routings = (x, caches.stacks(cache)), []
+    for turns in runs.in_cache(config):
+        kinds, layers = zip(*turns.runs)
+        if turns.times == 1:
+            carry, routing = turn(carry, jax.tree.map(lambda x: x[0], layers), kinds)
+        else:
+            carry, routing = jax.lax.scan(lambda carry, layers, kinds=kinds: turn(carry, layers, kinds), carry, layers)
+            routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing)
+        routings.append(routing)
+    (x, stacks), routing = carry, _together(routings)
+    cache = caches.with_stacks(cache, stacks)
+    if routing is not None:
+        at = (0, 0, begun.start, 0)
+        cache["routes"] = jax.lax.dynamic_update_slice(cache["routes"], routing.choices, at)
+    return x, routing, cache
 
 
 def _rematerialised(block, how):
@@ -191,54 +240,9 @@ def _embedded(config, params, tokens, position, how):
     return x
 
 
-class _Run(NamedTuple):
-    """Neighbouring layers of one kind, from ``first`` to ``end``; of their kind, they are those from ``of_kind`` on."""
-
-    first: int
-    end: int
-    of_kind: int
-    has_experts: bool
-
-    def xs(self, config, layers, routes):
-        """What a scan over these layers is handed: numbers, weights, choices, routes."""
-        size, mine = self.end - self.first, "experts" if self.has_experts else "dense"
-
-        def part(tree, first):
-            return jax.tree.map(lambda x: x if len(x) == size else x[first : first + size], tree)
-
-        firsts = {"all": self.first, mine: self.of_kind}
-        of = {name: parameters.kind(name) for name in layers}
-        weights = {name: part(w, firsts[of[name]]) for name, w in layers.items() if of[name] in firsts}
-        routes = part(routes, self.of_kind) if self.has_experts else None
-        return np.arange(self.first, self.end), weights, part(_choices(config), self.first), routes
-
-
-def _runs(config):
-    has, runs, counts = config.has_experts, [], [0, 0]
-    for i in range(config.layers):
-        if runs and has[i] == runs[-1].has_experts:
-            runs[-1] = runs[-1]._replace(end=i + 1)
-        else:
-            runs.append(_Run(i, i + 1, counts[has[i]], has[i]))
-        counts[has[i]] += 1
-    return runs
-
-
-def _choices(config):
-    """What differs from layer to layer, as arrays [L] that the scan hands to each; nothing where nothing does."""
-    choice = {}
-    if len(set(config.windows)) > 1:
-        choice["window"] = np.int32(config.windows)
-    if not config.learned_positions and (tables := rotary.of_layers(config)) is not None:
-        choice["rotation"] = tables
-    if config.scale_by_layer:
-        choice["scale"] = 1 / np.arange(1, config.layers + 1, dtype=np.float32)
-    return choice
-
-
-def _per_layer(config, view, length, look):
-    """A function of a layer's choice: its rotation (or None), and its attention of q, k, v."""
-    rotations = None if config.learned_positions else rotary.tables(config, view.position, length)
+def _per_layer(config, position, length, look):
+    """A function of a layer's choice: its rotation (or None), and its attention."""
+    rotations = None if config.learned_positions else rotary.tables(config, position, length)
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
     def of_layer(choice):
@@ -250,8 +254,8 @@ def _per_layer(config, view, length, look):
     return of_layer
 
 
-def _masked(config, view, name, whole):
-    """Attention to what a mask shows, of whole rows or in a cache, as a function of a layer's choice."""
+def _masked(config, view, name):
+    """Attention of whole rows to what a mask shows, as a function of a layer's choice."""
     common = config.windows[0] if config.windows else 0
 
     def look(choice, **scores):
@@ -260,7 +264,19 @@ def _masked(config, view, name, whole):
             visible = visible & ((view.behind < choice["window"]) | (choice["window"] == 0))
         elif common:
             visible = visible & (view.behind < common)
-        return (attention.of_mask if whole else attention.of_cache)(name, visible, **scores)
+        return attention.of_mask(name, visible, **scores)
+
+    return look
+
+
+def _in_cache(config, name, place, near):
+    """Attention of rows that continue a cache to its parts, as a function of a layer's choice."""
+    windows = {w for w in config.windows if w}
+
+    def look(choice, **scores):
+        window = min(windows) if len(windows) == 1 else choice.get("window")
+        visible = [x.visible & (x.behind < window) if near else x.visible for x in place.sights]
+        return attention.of_cache(name, visible, **scores)
 
     return look
 
@@ -333,5 +349,6 @@ class Bound(NamedTuple):
 @functools.cache
 def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
-    init_cache = functools.partial(caches.init_cache, config, dtype=jnp.dtype(how.dtype or jnp.float32))
+    dtype = jnp.dtype(how.cache_dtype or how.dtype or "float32")
+    init_cache = functools.partial(caches.init_cache, config, dtype=dtype)
     return Bound(functools.partial(apply, config, how=how), init_cache)

@@ -64,6 +64,7 @@ class _Program(NamedTuple):
     group: int
     entropies: bool
     keep: tuple[str, ...]
+    shared: bool  # whether a prompt's part of the cache is there once a group
 
 
 class _Given(NamedTuple):
@@ -91,7 +92,7 @@ class _State(NamedTuple):
 
 def sample(
     params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
-    limits=None, forced=None, entropies=False, keep=(),
+    limits=None, forced=None, entropies=False, keep=(), shared_prefix=True,
 ) -> Completions:  # fmt: skip
     """Samples ``group`` completions of each prompt.
 
@@ -117,24 +118,28 @@ def sample(
         a former call this is its replay, with the same log-probabilities to the last bit: it is the same program.
       entropies: whether to return them.
       keep: names of leaves of the cache to return, such as "routes".
+      shared_prefix: whether the rows of a group read what their prompt left in the cache from one place, instead of a
+        copy each; where the cache takes one (a dict with an entry "prefix", such as ``models.init_cache``'s). It costs
+        a G-th of memory and bandwidth, and changes log-probabilities by their rounding.
 
     Returns:
       ``Completions`` of P * G rows, sample j of prompt p in row p * G + j.
 
     Raises:
-      ValueError: the shapes disagree, a prompt is empty or not left-padded, or a number is out of range.
+      ValueError: the shapes disagree, a prompt is empty or not left-padded, a number is out of range, or something
+        is to be kept that is no array of the cache, or of a shared one has no slot a token.
     """
     program, given = prepared(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
-        entropies=entropies, keep=keep,
+        entropies=entropies, keep=keep, shared_prefix=shared_prefix,
     )  # fmt: skip
     return _sample(program, params, prompts, seen, given)
 
 
 def prepared(
     prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits,
-    forced=None, entropies=False, keep=(),
+    forced=None, entropies=False, keep=(), shared_prefix=False,
 ):  # fmt: skip
     """The checked arguments of ``sample``: what is fixed when the program is compiled, and what may change."""
     size = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))
@@ -149,7 +154,7 @@ def prepared(
     forced = jnp.full((length, rows), -1, jnp.int32) if forced is None else _checked_forced(forced, rows, length)
     ids = jnp.arange(size["P"]) if prompt_ids is None else jnp.asarray(prompt_ids)
     ends = jnp.asarray(tuple(end_tokens), jnp.int32)
-    program = _Program(apply, init_cache, length, group, entropies, tuple(keep))
+    program = _Program(apply, init_cache, length, group, entropies, tuple(keep), shared_prefix and group > 1)
     given = _Given(key, ids, how, ends, jnp.asarray(pad_token, jnp.int32), limits, forced)
     return program, given
 
@@ -188,10 +193,19 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     chunk = _chunk(program.length)
     whole = read + chunk * -(-program.length // chunk)
     sized = partial(cache_of, program.init_cache, asked=prompts.shape[1] + program.length)
-    state, keys = begin(program, params, prompts, seen, given, sized), row_keys(given.key, given.ids, program.group)
+    shared = program.shared and read > 0 and takes_a_prefix(program.init_cache)
+    _check_keep(program, prompts.shape[1] + program.length, shared)
+    keys, prefix = row_keys(given.key, given.ids, program.group), None
+    if shared:
+        prefix = read_prompts(program, params, prompts, seen, sized)
+        state = begun(program, params, prompts, seen, given, sized(rows, 0))
+        program = program._replace(apply=partial(_behind, program.apply, prefix))
+    else:
+        state = begin(program, params, prompts, seen, given, sized)
     step = partial(take_step, program, params, given, keys)
     for room in rooms_of(read, whole, chunk):
-        state = state._replace(cache=jax.tree.map(fitted, state.cache, sized(rows, room)))
+        larger = sized(rows, room if prefix is None else room - read)
+        state = state._replace(cache=jax.tree.map(fitted, state.cache, larger))
         state = jax.lax.while_loop(
             lambda state, room=room: going(state, given).any() & (read + state.done < room),
             lambda state: jax.lax.scan(lambda state, _: (step(state), None), state, length=chunk)[0],
@@ -199,8 +213,9 @@ def _sample(program, params, prompts, seen, given) -> Completions:
         )
     out = {name: x[: program.length].T for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
+    cache = state.cache if prefix is None else _joined(prefix, state.cache, program)
     as_asked = program.init_cache(rows, prompts.shape[1] + program.length)
-    kept = {name: fitted(state.cache[name], as_asked[name]) for name in program.keep}
+    kept = {name: fitted(cache[name], as_asked[name]) for name in program.keep}
     return Completions(**out, ended=ended, kept=kept)
 
 
@@ -209,17 +224,29 @@ def begin(program, params, prompts, seen, given, sized):
 
     So nothing but a step makes logits: those of a whole prompt would be the largest array of all.
     """
-    (P, T), rows = prompts.shape, len(prompts) * program.group
+    read, rows = prompts.shape[1] - 1, len(prompts) * program.group
     cache = sized(rows, 0)
-    if T > 1:
-        _, cache = program.apply(params, prompts[:, :-1], seen[:, :-1], sized(P, T - 1))
-        cache = repeat_rows(cache, lambda rows: sized(rows, T - 1), program.group)
+    if read:
+        cache = read_prompts(program, params, prompts, seen, sized)
+        cache = repeat_rows(cache, lambda rows: sized(rows, read), program.group)
+    return begun(program, params, prompts, seen, given, cache)
+
+
+def read_prompts(program, params, prompts, seen, sized):
+    """The cache of P rows that have read their prompts, all but the last token, and have room for no other."""
+    P, T = prompts.shape
+    return program.apply(params, prompts[:, :-1], seen[:, :-1], sized(P, T - 1))[1]
+
+
+def begun(program, params, prompts, seen, given, cache):
+    """The state before the first token, of rows with this cache."""
+    rows = len(prompts) * program.group
     # scans write whole chunks, so there may be more steps than are asked for
     zeros = partial(jnp.zeros, (program.length + CHUNK, rows))
     out = {"tokens": zeros(jnp.int32) + given.pad, "logps": zeros(), "alive": zeros(bool)}
     out |= {"entropies": zeros()} if program.entropies else {}
     token = jnp.repeat(prompts[:, -1], program.group)
-    vocab = vocabulary(program, params, given.how, cache, rows)
+    vocab = vocabulary(program, params, given.how, program.init_cache(rows, 1), rows)
     history = penalties.of_prompts(given.how, prompts, seen, vocab, program.group)
     return _State(cache, out, token, jnp.ones(rows, bool), jnp.int32(0), history)
 
@@ -307,6 +334,38 @@ def cache_of(init_cache, rows, length, *, asked):
     made_for = jax.eval_shape(partial(init_cache, rows, asked))
     pick = lambda x, y: jnp.zeros(y.shape, y.dtype) if 0 in y.shape else x
     return jax.tree.map(pick, init_cache(rows, length), made_for)
+
+
+def takes_a_prefix(init_cache) -> bool:
+    """Whether rows with such a cache may go on from another one that they share."""
+    cache = jax.eval_shape(partial(init_cache, 1, 1))
+    return isinstance(cache, dict) and "prefix" in cache
+
+
+def _behind(apply, prefix, params, tokens, seen, cache):
+    """``apply`` of rows that go on from a cache that is not theirs alone, and that nobody writes."""
+    logits, cache = apply(params, tokens, seen, cache | {"prefix": prefix})
+    return logits, cache | {"prefix": None}
+
+
+def _check_keep(program, length, shared):
+    if not program.keep:
+        return
+    one, more = (jax.eval_shape(partial(program.init_cache, 1, length + n)) for n in (0, 1))
+    arrays = [name for name in one if hasattr(one[name], "shape")]
+    for name in program.keep:
+        if name not in arrays:
+            raise ValueError(f"keep names {name!r}, which is no array of the cache; those are {', '.join(arrays)}")
+        if shared and sum(more[name].shape) - sum(one[name].shape) != 1:
+            raise ValueError(f"keep names {name!r}, which has no slot for each token; give shared_prefix=False")
+
+
+def _joined(prefix, cache, program):
+    """What is kept of a cache, with what the groups share in front of every row."""
+    small, large, tall = (jax.eval_shape(partial(program.init_cache, *of)) for of in ((1, 2), (1, 3), (2, 2)))
+    axis = lambda name, other: next(i for i, (a, b) in enumerate(zip(small[name].shape, other[name].shape)) if a != b)
+    each = lambda name: jnp.repeat(prefix[name], program.group, axis(name, tall))
+    return {name: jnp.concatenate([each(name), cache[name]], axis(name, large)) for name in program.keep}
 
 
 def fitted(x, into):

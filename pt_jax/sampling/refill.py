@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pt_jax import checks
-from pt_jax.sampling import penalties
+from pt_jax.sampling import decode, penalties
 from pt_jax.sampling.decode import Completions, cache_of, check_prompts, repeat_rows, row_keys, spoken, vocabulary
 from pt_jax.sampling.distribution import Sampling
 
@@ -129,7 +129,7 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
             text = prompts[given, :-1], seen[given, :-1]
             _, cache = program.apply(params, *text, sized(program.prompts, read))
             cache = repeat_rows(cache, lambda n: sized(n, read), program.group)
-        cache = _inserted(state.cache, cache, rows, sized, read, columns, (state.written - read) % columns)
+        cache = _inserted(state.cache, cache, rows, sized, columns, state.written - read)
         job = (which[:, None] * program.group + jnp.arange(program.group)[None]).reshape(-1)
         put = lambda x, new: x.at[rows].set(new, mode="drop")
         history = penalties.of_prompts(how, prompts[given], seen[given], vocab, program.group)
@@ -151,18 +151,19 @@ def _sample(program, params, prompts, seen, keys, how, ends, pad) -> Completions
     return Completions(**out, ended=(out["alive"] & jnp.isin(out["tokens"], ends)).any(-1))
 
 
-def _inserted(cache, new, rows, init_cache, read, columns, turn):
+def _inserted(cache, new, rows, init_cache, columns, turn):
     """A cache whose ``rows`` hold other texts.
 
     Args:
       cache: of all slots, with ``columns`` columns.
-      new: of some rows, with the ``read`` columns of what they have read.
+      new: of some rows, with as many columns as they have read.
       rows: [R] the slots to put them in.
-      init_cache, read, columns: see above.
-      turn: the column that the first of them goes to; behind the last comes column 0.
+      init_cache, columns: see above.
+      turn: how many columns further on the first of them goes to; behind the last comes column 0, of a shorter ring
+        (``models.cache``) too.
     """
     one, more = (jax.eval_shape(partial(init_cache, len(rows) + n, columns)) for n in (0, 1))
-    small = jax.eval_shape(partial(init_cache, len(rows), read))
+    small = jax.eval_shape(partial(init_cache, len(rows), 0))
     differs = lambda a, b: next((i for i, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n), None)
 
     def insert(old, new, fresh, one, more, small):
@@ -170,7 +171,7 @@ def _inserted(cache, new, rows, init_cache, read, columns, turn):
         if of_rows is None:
             return old
         if of_tokens is not None:
-            new = jnp.roll(jax.lax.dynamic_update_slice(fresh, new, [0] * new.ndim), turn, of_tokens)
+            new = jnp.roll(decode.fitted(new, fresh), turn % fresh.shape[of_tokens], of_tokens)
         return old.at[(slice(None),) * of_rows + (rows,)].set(new, mode="drop")
 
     return jax.tree.map(insert, cache, new, init_cache(len(rows), columns), one, more, small)
