@@ -209,9 +209,10 @@ class Execution:
     """How a model is computed: changes time, memory and rounding, never what is computed.
 
     Args:
-      attention: "plain": written out, with the scores [B, h, T, S] in memory; "cudnn": the flash attention of NVIDIA's
-        library, for 16-bit types; "splash": Pallas's for TPUs, elsewhere interpreted and slow; "auto": the best that
-        the device, the model and the rows allow. What each computes and costs is in ``attention``.
+      attention: "plain": written out, with the scores [B, h, T, S] in memory; "tiles": written out, some queries at a
+        time; "cudnn": the flash attention of NVIDIA's library, for 16-bit types; "splash": Pallas's for TPUs, elsewhere
+        interpreted and slow; "auto": the best that the device, the model and the rows allow. What each computes and
+        costs is in ``attention``.
       remat: what of the forward pass is kept for the backward pass: "none": all of it; "layer": each layer's input,
         and the layer is computed again; "dots": results of matrix products without batch axes, and the rest is
         computed again.
@@ -224,7 +225,7 @@ class Execution:
     ValueError: remat is 'all'; known are 'none', 'layer', 'dots'
     """
 
-    attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "plain", "tiles", "cudnn", "splash"] = "auto"
     remat: Literal["none", "layer", "dots"] = "none"
     dtype: str | None = None
     cache_dtype: str | None = None

@@ -115,7 +115,7 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     dtype = how.dtype or jax.eval_shape(linear.take, params["embed"], tokens).dtype
     name = attention.kernel(config, how.attention, dtype=jnp.dtype(dtype), seen=seen, cached=cache is not None)
     apart = meshes.apart(seen.shape[1])  # whose tokens would have to travel to stand in front
-    whole = name != "plain" and cache is None and (name == "splash" or (seen.dtype == bool and not apart))
+    whole = name in ("cudnn", "splash") and cache is None and (name == "splash" or (seen.dtype == bool and not apart))
     if not whole or seen.dtype != bool or apart:
         return _forward(config, params, tokens, seen, cache, how, routes, name, whole)
     order, back = visibility.to_front(seen)

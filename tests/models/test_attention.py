@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models import Config, Execution, apply, attention, forward, init, init_cache
+from pt_jax.models import Config, Execution, apply, attention, forward, init, init_cache, tiles
 
 QWEN = Config(vocab=29, layers=2, width=20, heads=6, kv_heads=2, head_width=8, hidden=18, eps=1e-2, tied=False)
 KINDS = {
@@ -77,9 +77,14 @@ def compare(config, how, seen, of_logits, of_gradients, params=None):
 # ---- by the equation
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 4)
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [0, 3])
-def test_every_program_computes_the_equation(window, softcap):
+def test_every_program_computes_the_equation(window, softcap, small_tiles):
     """In float64, query after query: a window of three is the token itself and two before it."""
     rng, n = np.random.default_rng(1), 11
     q, k, v = (rng.normal(size=(2, n, heads, 8)) for heads in (6, 2, 2))
@@ -93,23 +98,57 @@ def test_every_program_computes_the_equation(window, softcap):
     back = np.arange(n)[:, None] - np.arange(n)
     visible = jnp.asarray((back >= 0) & ((back < window) | (window == 0)))[None, None]
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    close(attention.of_mask("plain", visible, scale=0.7, softcap=softcap)(q, k, v), expected, 1e-6)
+    for name in ("plain", "tiles"):
+        close(attention.of_mask(name, visible, scale=0.7, softcap=softcap)(q, k, v), expected, 1e-6)
     close(attention.of_window("splash", window, scale=0.7, softcap=softcap)(q, k, v), expected, 1e-6)
 
 
-def test_what_is_hidden_has_no_share_and_no_gradient():
+@pytest.mark.parametrize("name", ["plain", "tiles"])
+def test_what_is_hidden_has_no_share_and_no_gradient(name, small_tiles):
     rng = np.random.default_rng(4)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 6, heads, 4)), jnp.float32) for heads in (4, 2, 2))
-    visible = jnp.asarray(rng.integers(0, 2, (2, 1, 6, 6)) > 0).at[:, :, :, 2].set(False).at[:, :, 4].set(False)
+    visible = jnp.asarray((rng.integers(0, 2, (2, 1, 6, 6)) > 0) & np.tri(6, dtype=bool))
+    visible = visible.at[:, :, :, 2].set(False).at[:, :, 4].set(False)
     far = k.at[:, 2].set(1e9), v.at[:, 2].set(-1e9)
-    asked = (np.arange(6) != 4)[None, :, None, None]  # query 4 sees nothing, and has no meaning
+    asked = visible.any(-1)[:, 0, :, None, None]  # query 4, and others, see nothing and have no meaning
     for softcap in (None, 2.0):
-        of = attention.of_mask("plain", visible, scale=0.5, softcap=softcap)
+        of = attention.of_mask(name, visible, scale=0.5, softcap=softcap)
         total = lambda k, v, of=of: jnp.where(asked, jnp.sin(of(q, k, v)), 0).sum()
         np.testing.assert_array_equal(*(np.where(asked, of(q, *kv), 0) for kv in (far, (k, v))))
         assert np.isfinite(of(q, k, v)).all()
         for gradient in jax.grad(total, (0, 1))(*far):
             assert (gradient[:, 2] == 0).all() and np.isfinite(gradient).all()
+
+
+# ---- tiles
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_compute_what_the_plain_program_computes(kind, small_tiles):
+    compare(KINDS[kind], Execution(attention="tiles"), SEEN["texts" if kind == "experts" else "left"], 2e-6, 1e-5)
+
+
+def test_tiles_compute_in_sixteen_bits(small_tiles):
+    how = Execution(attention="tiles", dtype="bfloat16")
+    compare(KINDS["two windows, two ropes"], how, SEEN["both"], 4e-2, 6e-2)
+
+
+@pytest.mark.parametrize("length", [1, 127, 129, 1000, 5000])
+def test_tiles_are_few_and_cover_every_query_once(length):
+    cut = tiles._tiles(length)
+    assert [i for first, end in cut for i in range(first, end)] == list(range(length)) and len(cut) <= tiles.MOST
+
+
+def test_tiles_keep_no_scores_for_the_backward_pass():
+    """Of 4 tiles, the scores of one at a time, against those of all queries, several times over."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 512, heads, 8), jnp.float32) for heads in (8, 2, 2))
+    visible = jnp.tri(512, dtype=bool)[None, None]
+
+    def bytes_of(name):
+        total = lambda *x: jnp.sin(attention.of_mask(name, visible, scale=0.5)(*x)).sum()
+        return jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of("tiles") < bytes_of("plain") / 2
 
 
 # ---- splash
@@ -224,7 +263,8 @@ def chosen(config=QWEN, how="auto", dtype="bfloat16", length=20, seen=None, cach
 
 def test_auto_takes_the_best_that_computes_it(monkeypatch):
     packed, branches = np.ones((2, 20), np.int32), np.ones((2, 20, 2), np.int32)
-    assert chosen() == "plain"
+    assert chosen() == chosen(SOFTCAP) == chosen(seen=branches) == chosen(BY_LAYER, dtype="float32") == "tiles"
+    assert chosen(cached=True) == "plain"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert chosen() == chosen(seen=packed) == chosen(seen=branches) == chosen(cached=True) == "cudnn"
     assert chosen(length=21) == "cudnn"
