@@ -1,0 +1,124 @@
+"""One of several processes, started by tests/training/test_processes.py: what it does is its first argument.
+
+Usage: several_processes.py WHAT PORT PROCESSES PROCESS_ID [FOLDER]. Each has 8 / PROCESSES simulated devices.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+what, port, count, me = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder = pathlib.Path(sys.argv[5]) if len(sys.argv) > 5 else None
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8 // count)
+
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from pt_jax import models, weights  # noqa: E402
+from pt_jax.recipes import sft  # noqa: E402
+from pt_jax.training import distributed, init_state, make_train_step, sharding  # noqa: E402
+
+CONFIG = models.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=24)
+HEARTBEAT = 4.0
+ROWS, COLUMNS = 16, 8
+
+
+def said(**what):
+    print("SAID " + json.dumps(what), flush=True)
+
+
+def batch_of(step, rows):
+    """The rows of a batch that are asked for, as a data set would be read; weights are of the whole batch."""
+    rng = np.random.default_rng(step)
+    lengths = rng.integers(2, COLUMNS + 1, ROWS)
+    seen = np.arange(COLUMNS) < lengths[:, None]
+    mask = seen & (np.arange(COLUMNS) > 0)
+    tokens = rng.integers(0, 32, seen.shape).astype(np.int32)
+    batch = {"tokens": tokens, "seen": seen, "mask": mask, "weights": np.asarray(weights.token_mean(mask))}
+    return {name: x[rows] for name, x in batch.items()}
+
+
+def prepared(**axes):
+    mesh = sharding.make_mesh(**axes)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2))
+    state = init_state(models.init(CONFIG, jax.random.key(0)), optimizer, jax.random.key(1))
+    layout = sharding.by_name(state, mesh)
+    loss_fn = sharding.within(mesh, sft.make_loss(models.bind(CONFIG).apply))
+    step = make_train_step(loss_fn, optimizer, microbatches=2, shardings=layout)
+    return mesh, layout, sharding.place(state, layout), step
+
+
+def trained(state, step, mesh, steps):
+    losses, rows = [], distributed.rows_here(sharding.rows(mesh), ROWS)
+    for i in range(*steps):
+        shardings = sharding.of_batch(batch_of(i, np.arange(ROWS)), mesh)
+        state, metrics = step(state, None, distributed.from_rows(batch_of(i, rows), shardings, ROWS))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def train():
+    """On two meshes whose axes cross the processes: one splits rows and weights, one the tokens of rows."""
+    for name, axes in {"fsdp": {"fsdp": 8}, "context": {"context": 8}}.items():
+        mesh, _, state, step = prepared(**axes)
+        state, losses = trained(state, step, mesh, (0, 2))
+        rows = distributed.rows_here(sharding.rows(mesh), ROWS).tolist()
+        said(mesh=name, losses=losses, rows=rows)
+        written(folder / f"{name}{count}.npz", state)
+
+
+def written(file, state):
+    """The numbers of a state, by process 0."""
+    import jax.tree_util as tree
+
+    numbers = distributed.fetched((state.params, state.opt_state))
+    if me == 0:
+        np.savez(file, **{tree.keystr(path): x for path, x in tree.tree_leaves_with_path(numbers)})
+
+
+def fault():
+    """Sums over all devices until something happens to a process; the name of the folder says to which, and what."""
+    who, kind = folder.name.split("-")
+    mesh = sharding.make_mesh(fsdp=8)
+    x = sharding.place(np.ones(8, np.float32), sharding.rows(mesh))
+    add = jax.jit(lambda x: x + x.sum() / 1000)
+    for i in range(2000):
+        x = jax.block_until_ready(add(x))
+        if i == 20:
+            (folder / f"ready{me}").write_text(str(os.getpid()))
+        if i > 20 and int(who) == me and kind == "raise":
+            raise ValueError("row 7 is bad, on this process alone")
+        time.sleep(0.05)
+
+
+def same():
+    mine = {"config": CONFIG, "batch": (ROWS, COLUMNS), "step": 3}
+    distributed.same(**mine)
+    stop = distributed.agreed(lambda step: "SIGTERM" if (me, step) == (1, 4) else None, every=2)
+    said(stopped=[stop(step) for step in range(6)])
+    for other in (
+        {"batch": (ROWS, 8 + 4 * me)},
+        {"config": dataclasses.replace(CONFIG, vocab=32 + me)},
+        {"step": 3 + me},
+    ):
+        try:
+            distributed.same(**mine | other)
+        except ValueError as e:
+            said(error=str(e))
+
+
+if __name__ == "__main__":
+    do = {"train": train, "fault": fault, "same": same}[what]
+    if count == 1:
+        do()
+    else:
+        with distributed.joined(f"localhost:{port}", count, me, heartbeat=HEARTBEAT):
+            do()

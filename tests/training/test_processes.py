@@ -1,0 +1,112 @@
+"""Two processes with four simulated devices each, over gloo: the numbers of one, and one end for both."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "several_processes.py"
+HEARTBEAT = 4.0  # of the script
+
+
+def start(what, count, folder):
+    """The processes, whose output goes to files in the folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles sooner
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), what, str(port), str(count), str(i), str(folder)], env=env,
+            stdout=(folder / f"{what}{count}.{i}").open("w"), stderr=subprocess.STDOUT,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def ended(processes, seconds=120):
+    """Exit codes and outputs of all, which must end by themselves."""
+    limit = time.monotonic() + seconds
+    try:
+        codes = [process.wait(max(0.1, limit - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return codes
+
+
+def outputs(what, count, folder):
+    return [(folder / f"{what}{count}.{i}").read_text() for i in range(count)]
+
+
+def run(what, count, folder):
+    codes = ended(start(what, count, folder))
+    texts = outputs(what, count, folder)
+    assert codes == [0] * count, texts
+    return [[json.loads(line[5:]) for line in text.splitlines() if line.startswith("SAID ")] for text in texts]
+
+
+def test_processes_that_begin_differently_are_told_what_differs(tmp_path):
+    first, second = run("same", 2, tmp_path)
+    assert first == second == [
+        {"stopped": [None, None, None, None, "SIGTERM", None]},
+        {"error": "batch is (16, 8) on process 0 and (16, 12) on process 1; start all with the same"},
+        {"error": "config.vocab is 32 on process 0 and 33 on process 1; start all with the same"},
+        {"error": "step is 3 on process 0 and 4 on process 1; start all with the same"},
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    first, second = run("train", 2, tmp_path)
+    (alone,) = run("train", 1, tmp_path)
+    assert [x["losses"] for x in first] == [x["losses"] for x in second]
+    for got, expected in zip(first, alone):
+        np.testing.assert_allclose(got["losses"], expected["losses"], rtol=1e-6)
+    for mesh in ("fsdp", "context"):
+        got, expected = (np.load(tmp_path / f"{mesh}{count}.npz") for count in (2, 1))
+        assert got.files == expected.files
+        for name in got.files:
+            np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=2e-6, err_msg=name)
+    every = list(range(16))
+    assert [x[0]["rows"] for x in (first, second)] == [every[:8], every[8:]]  # each reads its own
+    assert [x[1]["rows"] for x in (first, second)] == [every, every]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["1-raise", "0-raise", "1-kill", "0-kill", "1-stop"])
+def test_a_process_that_fails_ends_all(tmp_path, case):
+    """At once, or once it has been silent for a heartbeat; by default JAX lets the others wait for minutes."""
+    folder = tmp_path / case
+    folder.mkdir()
+    processes = start("fault", 2, folder)
+    who, kind = int(case[0]), case[2:]
+    ready = [folder / f"ready{i}" for i in range(2)]
+    limit = time.monotonic() + 120
+    while not all(file.exists() for file in ready) and time.monotonic() < limit:
+        time.sleep(0.1)
+    if kind != "raise":
+        os.kill(processes[who].pid, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
+    other, began = processes[1 - who], time.monotonic()
+    try:
+        code = other.wait(5 * HEARTBEAT)
+        assert time.monotonic() - began < 3 * HEARTBEAT
+        assert kind != "raise" or processes[who].wait(HEARTBEAT) == 1
+    finally:
+        for process in processes:
+            process.kill()
+    assert code != 0
+    said = outputs("fault", 2, folder)[1 - who]
+    if kind == "raise":
+        assert f"process {who} of 2 failed first, and all end: ValueError: row 7 is bad" in said
+    elif who == 1:
+        assert f"process 1 of 2 has given no sign of life for {HEARTBEAT:g} seconds" in said
+    else:
+        assert "process 0 of 2, the coordinator, is gone" in said or "distributed service detected fatal errors" in said
