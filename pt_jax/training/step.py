@@ -104,6 +104,27 @@ def make_train_step(loss_fn, optimizer, *, microbatches=1, shardings=None, froze
       ValueError: when called with a batch that does not divide, with parameters narrower than float32, or when a
         function of ``after`` returns a state of another structure, type or shape.
     """
+    step = make_stages(
+        loss_fn, optimizer, microbatches=microbatches, frozen_of=frozen_of, after=after, skip_when=skip_when
+    )
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(state, frozen, batch):
+        return step(state, frozen, batch)[:2]
+
+    return train_step
+
+
+def make_stages(loss_fn, optimizer, *, microbatches=1, frozen_of=None, after=(), skip_when=None):
+    """The same step as a plain function, with what it does on its way, to look into (``capture``).
+
+    Args:
+      loss_fn, optimizer, microbatches, frozen_of, after, skip_when: as ``make_train_step``.
+
+    Returns:
+      ``(state, frozen, batch) -> (state, metrics, stages)``; stages has the trees "gradients", and "updates" as they
+      are added to the parameters unless the step is skipped.
+    """
     checks.positive("microbatches", microbatches)
 
     def gradients(state, frozen, batch, key):
@@ -123,8 +144,7 @@ def make_train_step(loss_fn, optimizer, *, microbatches=1, shardings=None, froze
         grads, metrics = jax.lax.scan(add, zeros, (jax.tree.map(deal, batch), keys))
         return grads, jax.tree.map(lambda x: x.sum(0) if x.ndim == 1 else undeal(x), metrics)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def train_step(state, frozen, batch):
+    def step(state, frozen, batch):
         _check(state, batch, microbatches)
         key = jax.random.fold_in(state.key, state.step)
         how = gradients if microbatches == 1 else accumulated
@@ -138,9 +158,10 @@ def make_train_step(loss_fn, optimizer, *, microbatches=1, shardings=None, froze
         new = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
         for change in after:
             new = change(new, metrics)
-        return _either(good, new, state), metrics | {"skipped": 1 - good.astype(jnp.int32)}
+        stages = {"gradients": grads, "updates": updates}
+        return _either(good, new, state), metrics | {"skipped": 1 - good.astype(jnp.int32)}, stages
 
-    return train_step
+    return step
 
 
 def _check(state, batch, microbatches):

@@ -15,7 +15,7 @@ import pytest
 
 from pt_jax import weights
 from pt_jax.recipes import dpo, grpo, sft
-from pt_jax.training import init_state, make_train_step, optimizers
+from pt_jax.training import init_state, make_train_step, optimizers, sharding
 
 VOCAB, ROWS, COLUMNS = 11, 8, 7
 LENGTHS = np.array([6, 3, 0, 5, 1, 4, 6, 2])  # scored tokens; no two halves are alike
@@ -267,6 +267,99 @@ def test_a_gradient_that_is_not_finite_is_enough():
     np.testing.assert_array_equal(state.params["w"], np.ones(3))
 
 
+def test_a_row_that_is_not_finite_on_one_device_is_skipped_by_all():
+    mesh = sharding.make_mesh(8)
+    state, batch = guarded_state(), poisoned({1}, np.nan)
+    layout = sharding.by_name(state, mesh)
+    step = make_train_step(linear, EVERYTHING, after=[count_good], shardings=layout)
+    state, seen = jax.device_put(state, layout), []
+    for i in range(2):
+        state, metrics = step(state, np.float32(0), jax.device_put(batch(i), sharding.rows(mesh)))
+        seen.append([(float(s.data), w.data.tolist()) for s, w in zip(
+            metrics["skipped"].addressable_shards, state.params["w"].addressable_shards
+        )])  # fmt: skip
+    assert [{skipped for skipped, _ in one} for one in seen] == [{0.0}, {1.0}]
+    assert all(w == seen[0][0][1] for one in seen for _, w in one) and len(seen[0]) == 8
+
+
+def test_averages_and_reference_lie_as_the_parameters_do():
+    tree = {"embed": jnp.zeros((8, 4)), "layers": {"wq": jnp.zeros((2, 4, 2, 3)), "attn_norm": jnp.zeros((2, 4))}}
+    state = init_state(tree, EVERYTHING, jax.random.key(0), averages=tree, reference=tree, extra={"kl": 0.1})
+    layout = sharding.by_name(state, sharding.make_mesh(2, 2, 2))
+    assert layout.averages == layout.reference == layout.params
+    assert layout.params["layers"]["wq"].spec != layout.bad.spec == layout.extra["kl"].spec
+
+
+def test_what_comes_in_bfloat16_is_trained_in_float32():
+    """In bfloat16 an update of a thousandth of 1 is lost, and so would the sum of a thousand of them be."""
+    optimizer, coarse = optax.sgd(1e-3), {"w": jnp.ones(3, jnp.bfloat16)}
+    state = init_state(coarse, optimizer, jax.random.key(0), reference=coarse)
+    assert (state.params["w"].dtype, state.reference["w"].dtype) == (jnp.float32, jnp.bfloat16)
+    step = make_train_step(lambda params, *_: (params["w"].astype(jnp.bfloat16).sum(), {}), optimizer)
+    for _ in range(4):
+        state, _ = step(state, None, {})
+    np.testing.assert_allclose(state.params["w"], 0.996, rtol=1e-6)
+
+
+def test_parameters_narrower_than_float32_are_refused_by_the_step():
+    state = linear_state().replace(params={"w": jnp.ones(3, jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"state.params.w is bfloat16; init_state keeps what is trained in float32"):
+        linear_step(1)(state, np.float32(0), linear_batch())
+
+
+def test_gradients_of_a_loss_in_bfloat16_add_up_in_float32():
+    """256 + 1 is 256 in bfloat16."""
+
+    def loss(params, frozen, batch, key):
+        return (params["w"].astype(jnp.bfloat16) * batch["x"].astype(jnp.bfloat16)).sum().astype(jnp.float32), {}
+
+    step = make_train_step(loss, optax.sgd(1.0), microbatches=4)
+    state, _ = step(
+        init_state({"w": jnp.zeros(1)}, optax.sgd(1.0), jax.random.key(0)), None, {"x": np.float32([256, 1, 1, 1])}
+    )
+    np.testing.assert_array_equal(state.params["w"], [-259])
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_the_clip_is_by_the_norm_of_the_whole_batch(microbatches):
+    """Microbatches whose gradients cancel have norms far above the clip; together they are below it."""
+    batch = linear_batch()
+    batch["x"][::2] *= -100
+    batch["x"][1::2] = -batch["x"][::2] + 0.01
+    clipped = make_train_step(linear, optax.chain(optax.clip_by_global_norm(1.0), SGD), microbatches=microbatches)
+    state, metrics = clipped(linear_state(optax.chain(optax.clip_by_global_norm(1.0), SGD)), np.float32(0), batch)
+    expected = batch["x"].astype(np.float64).sum(0) / 8
+    assert np.linalg.norm(expected) < 1 < np.linalg.norm(batch["x"], axis=1).min() / 8
+    np.testing.assert_allclose(state.params["w"], 1 - 0.3 * expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(expected), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda state, metrics: state.replace(extra={"a": 1.0}), "extra"),
+        (lambda state, metrics: state.replace(averages=state.params), "averages"),
+        (lambda state, metrics: state.replace(params={"w": state.params["w"][:2]}), "params"),
+        (lambda state, metrics: state.replace(params={"w": state.params["w"].astype(jnp.bfloat16)}), "params"),
+    ],
+)
+def test_what_is_done_after_a_step_may_not_change_what_the_state_is_made_of(change, field):
+    step = make_train_step(linear, SGD, after=[change])
+    with pytest.raises(ValueError, match=f"state.{field} has another structure, type or shape after a step"):
+        step(linear_state(), np.float32(0), linear_batch())
+
+
+def test_a_step_waits_for_nothing_from_the_host_and_sends_it_nothing():
+    step, state = guarded_step(4), guarded_state()
+    batches = [jax.device_put(poisoned({1}, np.nan)(i)) for i in range(3)]
+    frozen = jnp.float32(0)
+    state, _ = step(state, frozen, batches[0])
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, _ = step(state, frozen, batch)
+    assert (int(state.step), int(state.skipped)) == (4, 1)
+
+
 def test_what_is_frozen_is_an_argument():
     step = make_train_step(linear, SGD)
     losses = [step(linear_state(), np.float32(frozen), linear_batch())[1]["loss"] for frozen in (0, 5)]
@@ -291,8 +384,8 @@ def test_a_step_is_traced_once_whatever_the_data(microbatches):
     step, state = make_train_step(loss, SGD, microbatches=microbatches), linear_state()
     for i in range(4):
         batch = linear_batch()
-        state, _ = step(state, np.float32(i), batch | {"x": batch["x"] * i})
-    assert (step._cache_size(), int(state.step)) == (1, 4)
+        state, _ = step(state, np.float32(i), batch | {"x": batch["x"] * (i if i < 3 else np.nan)})
+    assert (step._cache_size(), int(state.step), int(state.skipped)) == (1, 4, 1)
     with pytest.raises(AssertionError, match="traced > 1"):
         step(state, np.float32(0), linear_batch(16))
 
