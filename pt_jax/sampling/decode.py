@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from pt_jax import checks
-from pt_jax.sampling import penalties
+from pt_jax.sampling import asked, penalties
 from pt_jax.sampling.distribution import Sampling, draw, transform
 
 CHUNK = 16  # steps between two looks at whether any row goes on
@@ -30,6 +30,9 @@ class Completions:
       alive: [B, N] bool, True up to and with the end token: these tokens were sampled, the others only fill.
       ended: [B] bool, whether an end token ended the row; else its limit did, or a stop string.
       entropies: [B, N] float32, of the distributions that were drawn from, in nats; None unless asked for.
+      alternatives: [B, N, k] int32, the k likeliest tokens of these distributions, the likeliest first; None unless
+        asked for.
+      alternative_logps: [B, N, k] float32, of each of them, in nats; -inf where fewer tokens can be drawn at all.
       kept: leaves of the cache by name, those of ``keep``.
       stopped: [B] bool, whether a stop string ended the row; None where none was looked for.
     """
@@ -39,6 +42,8 @@ class Completions:
     alive: jax.Array
     ended: jax.Array | None = None
     entropies: jax.Array | None = None
+    alternatives: jax.Array | None = None
+    alternative_logps: jax.Array | None = None
     kept: dict[str, jax.Array] = struct.field(default_factory=dict)
     stopped: jax.Array | None = None
 
@@ -64,6 +69,7 @@ class _Program(NamedTuple):
     group: int
     entropies: bool
     keep: tuple[str, ...]
+    alternatives: int
     shared: bool  # whether a prompt's part of the cache is there once a group
 
 
@@ -83,7 +89,7 @@ class _State(NamedTuple):
     """Between two steps: ``done`` tokens of every row are drawn, and the last, ``token``, is not yet read."""
 
     cache: Any
-    out: dict[str, jax.Array]  # [N, B] each
+    out: dict[str, jax.Array]  # [N, B, ...] each
     token: jax.Array
     alive: jax.Array
     done: jax.Array
@@ -92,7 +98,7 @@ class _State(NamedTuple):
 
 def sample(
     params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
-    limits=None, forced=None, entropies=False, keep=(), shared_prefix=True,
+    limits=None, forced=None, entropies=False, keep=(), alternatives=0, shared_prefix=True,
 ) -> Completions:  # fmt: skip
     """Samples ``group`` completions of each prompt.
 
@@ -106,9 +112,10 @@ def sample(
       key: PRNG key; it is consumed.
       apply: ``(params, tokens, seen, cache) -> (logits, cache)``, such as ``partial(models.apply, config)``.
       init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``. An axis that grows with
-        ``length`` holds one slot a token, filled from the front.
+        ``length`` holds one slot a token, filled from the front. Where it has an attribute ``longest``, a prompt and
+        its completion have no more tokens than that together.
       length: N, the most tokens to sample.
-      end_tokens: ids that end a completion; the end token belongs to it.
+      end_tokens: ids that end a completion; the end token belongs to it. A negative id never comes.
       pad_token: id to fill up with; it may be an end token.
       group: G, completions a prompt. The prompt is read once for all of them.
       how: the sampled distribution; a ``Sampling()`` at temperature 1 when None. Its numbers may be [P * G], one a row.
@@ -118,6 +125,7 @@ def sample(
         a former call this is its replay, with the same log-probabilities to the last bit: it is the same program.
       entropies: whether to return them.
       keep: names of leaves of the cache to return, such as "routes".
+      alternatives: k, how many of the likeliest tokens to return at every position.
       shared_prefix: whether the rows of a group read what their prompt left in the cache from one place, instead of a
         copy each; where the cache takes one (a dict with an entry "prefix", such as ``models.init_cache``'s). It costs
         a G-th of memory and bandwidth, and changes log-probabilities by their rounding.
@@ -126,20 +134,22 @@ def sample(
       ``Completions`` of P * G rows, sample j of prompt p in row p * G + j.
 
     Raises:
-      ValueError: the shapes disagree, a prompt is empty or not left-padded, a number is out of range, or something
-        is to be kept that is no array of the cache, or of a shared one has no slot a token.
+      ValueError: the shapes disagree, a prompt is empty, too long or not left-padded, an id is not in the vocabulary,
+        a number is out of range, the stops contradict each other, or something is to be kept that is no array of the
+        cache, or of a shared one has no slot a token.
     """
     program, given = prepared(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
-        entropies=entropies, keep=keep, shared_prefix=shared_prefix,
+        entropies=entropies, keep=keep, alternatives=alternatives, shared_prefix=shared_prefix,
     )  # fmt: skip
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
     return _sample(program, params, prompts, seen, given)
 
 
 def prepared(
     prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits,
-    forced=None, entropies=False, keep=(), shared_prefix=False,
+    forced=None, entropies=False, keep=(), alternatives=0, shared_prefix=False,
 ):  # fmt: skip
     """The checked arguments of ``sample``: what is fixed when the program is compiled, and what may change."""
     size = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))
@@ -147,44 +157,18 @@ def prepared(
         checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
     checks.positive("length", length)
     checks.positive("group", group)
-    check_prompts(seen)
+    checks.between("alternatives", alternatives, 0, np.inf)
+    asked.check_prompts(seen)
     rows = size["P"] * group
     how = (Sampling() if how is None else how).check().of_rows(rows)
-    limits = jnp.full(rows, length, jnp.int32) if limits is None else _checked_limits(limits, rows, length)
-    forced = jnp.full((length, rows), -1, jnp.int32) if forced is None else _checked_forced(forced, rows, length)
+    limits = asked.limits_of(limits, rows, length)
+    forced = asked.forced_of(forced, rows, length)
     ids = jnp.arange(size["P"]) if prompt_ids is None else jnp.asarray(prompt_ids)
     ends = jnp.asarray(tuple(end_tokens), jnp.int32)
-    program = _Program(apply, init_cache, length, group, entropies, tuple(keep), shared_prefix and group > 1)
+    shared = shared_prefix and group > 1
+    program = _Program(apply, init_cache, length, group, entropies, tuple(keep), alternatives, shared)
     given = _Given(key, ids, how, ends, jnp.asarray(pad_token, jnp.int32), limits, forced)
     return program, given
-
-
-def check_prompts(seen):
-    if isinstance(seen, jax.core.Tracer):
-        return
-    given = np.asarray(seen)  # of jnp, these would be staged when sample is jitted around them
-    if given.shape[1] == 0:
-        raise ValueError("prompts has no column: each prompt must have a token at least")
-    bad = np.flatnonzero(~(given[:, -1] & (given[:, 1:] >= given[:, :-1]).all(-1)))
-    if bad.size:
-        raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its last column must be seen, and no gap")
-
-
-def _checked_limits(limits, rows, length):
-    if jnp.shape(limits) != (rows,):
-        raise ValueError(f"limits has shape {jnp.shape(limits)}, expected [{rows}], one a row")
-    if (
-        not isinstance(limits, jax.core.Tracer)
-        and not ((np.asarray(limits) >= 1) & (np.asarray(limits) <= length)).all()
-    ):
-        raise ValueError(f"limits must be from 1 to length={length}, got {np.asarray(limits).tolist()}")
-    return jnp.asarray(limits, jnp.int32)
-
-
-def _checked_forced(forced, rows, length):
-    if jnp.shape(forced) != (rows, length):
-        raise ValueError(f"forced has shape {jnp.shape(forced)}, expected [{rows}, {length}], a token or -1 each")
-    return jnp.asarray(forced, jnp.int32).T
 
 
 @partial(jax.jit, static_argnums=0)
@@ -211,7 +195,7 @@ def _sample(program, params, prompts, seen, given) -> Completions:
             lambda state: jax.lax.scan(lambda state, _: (step(state), None), state, length=chunk)[0],
             state,
         )
-    out = {name: x[: program.length].T for name, x in state.out.items()}
+    out = {name: x[: program.length].swapaxes(0, 1) for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
     cache = state.cache if prefix is None else _joined(prefix, state.cache, program)
     as_asked = program.init_cache(rows, prompts.shape[1] + program.length)
@@ -242,21 +226,22 @@ def begun(program, params, prompts, seen, given, cache):
     """The state before the first token, of rows with this cache."""
     rows = len(prompts) * program.group
     # scans write whole chunks, so there may be more steps than are asked for
-    zeros = partial(jnp.zeros, (program.length + CHUNK, rows))
-    out = {"tokens": zeros(jnp.int32) + given.pad, "logps": zeros(), "alive": zeros(bool)}
-    out |= {"entropies": zeros()} if program.entropies else {}
+    out = blank((program.length + CHUNK, rows), given.pad, program)
     token = jnp.repeat(prompts[:, -1], program.group)
-    vocab = vocabulary(program, params, given.how, program.init_cache(rows, 1), rows)
+    vocab = asked.vocabulary(program, params) if penalties.asks(given.how) else None
     history = penalties.of_prompts(given.how, prompts, seen, vocab, program.group)
     return _State(cache, out, token, jnp.ones(rows, bool), jnp.int32(0), history)
 
 
-def vocabulary(program, params, how, cache, rows) -> int | None:
-    """How many tokens the model knows, where ``how`` must be told; else the model is not traced for it."""
-    if not penalties.asks(how):
-        return None
-    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32), jax.ShapeDtypeStruct((rows, 1), jnp.bool_)
-    return jax.eval_shape(program.apply, params, *tokens, cache)[0].shape[-1]
+def blank(shape, pad, program) -> dict:
+    """Where tokens are written down, and what there is to say of each."""
+    out = {"tokens": jnp.full(shape, pad), "logps": jnp.zeros(shape), "alive": jnp.zeros(shape, bool)}
+    if program.entropies:
+        out["entropies"] = jnp.zeros(shape)
+    if program.alternatives:
+        shape = (*shape, program.alternatives)
+        out |= {"alternatives": jnp.zeros(shape, jnp.int32), "alternative_logps": jnp.zeros(shape)}
+    return out
 
 
 def row_keys(key, ids, group):
@@ -270,8 +255,9 @@ def take_step(program, params, given, keys, state):
     n, alive = state.done, going(state, given)
     logits, cache = program.apply(params, state.token[:, None], alive[:, None], state.cache)
     wanted = jax.lax.dynamic_index_in_dim(given.forced, jnp.minimum(n, len(given.forced) - 1), keepdims=False)
-    now = spoken(logits[:, 0], given.how, n, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), wanted, state.history)
-    now = {name: jnp.where(alive, x, given.pad if name == "tokens" else 0) for name, x in now.items()}
+    of_token = jax.vmap(lambda k: jax.random.fold_in(k, n))(keys)
+    now = spoken(logits[:, 0], given.how, n, of_token, wanted, state.history, program.alternatives)
+    now = {name: jnp.where(over(alive, x), x, given.pad if name == "tokens" else 0) for name, x in now.items()}
     now["alive"] = alive
     write = lambda name: jax.lax.dynamic_update_index_in_dim(state.out[name], now[name], n, 0)
     history = penalties.after(state.history, now["tokens"][:, None], alive[:, None], alive[:, None])
@@ -284,7 +270,12 @@ def going(state, given):
     return state.alive & ~ended & (state.done < given.limits)
 
 
-def spoken(logits, how, index, keys, wanted, history=None) -> dict:
+def over(mask, x):
+    """[B], spelt out over x [B, ...]."""
+    return mask.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def spoken(logits, how, index, keys, wanted, history=None, alternatives=0) -> dict:
     """The next token of every row, and what there is to say of it.
 
     Args:
@@ -294,16 +285,20 @@ def spoken(logits, how, index, keys, wanted, history=None) -> dict:
       keys: [B] PRNG keys.
       wanted: [B] int32, tokens to take instead of drawing them; -1: draw.
       history: what came before, for the penalties.
+      alternatives: k.
 
     Returns:
-      tokens, logps and entropies, each [B].
+      tokens, logps and entropies, each [B]; and, where k is not 0, alternatives and alternative_logps [B, k].
     """
     logits = transform(logits, how, index, history)
     tokens = jnp.where(wanted >= 0, wanted, draw(keys, logits))
     logps = jax.nn.log_softmax(logits)
     entropies = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0, logps), -1)
     of_token = jnp.take_along_axis(logps, tokens[:, None], 1)[:, 0]
-    return {"tokens": tokens, "logps": of_token, "entropies": entropies}
+    out = {"tokens": tokens, "logps": of_token, "entropies": entropies}
+    if alternatives:
+        out["alternative_logps"], out["alternatives"] = jax.lax.top_k(logps, alternatives)
+    return out
 
 
 # ---- the cache

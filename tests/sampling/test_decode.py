@@ -285,7 +285,8 @@ def test_an_end_token_belongs_to_the_completion_and_nothing_comes_after_it(count
     plain = sampled(end_tokens=(-1, -1))
     common = np.bincount(plain.tokens.ravel(), minlength=V).argsort()[::-1]
     traced = len(traces)
-    assert set(traces) == {(P, T - 1), (4 * P, 1)}  # each prompt is read once for its group, its end with each answer
+    # each prompt is read once for its group, its end with each answer; and once it is seen how many tokens there are
+    assert set(traces) == {(P, T - 1), (4 * P, 1), (1, 1)} and traces.count((1, 1)) == 1
     for ends in [(common[0], common[1]), (common[2], -1), (common[0], common[0]), (-1, -1), (0, 1)]:
         for pad in (0, common[0], common[3]):
             out = sampled(end_tokens=[int(e) for e in ends], pad_token=int(pad))
