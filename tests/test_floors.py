@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "pt_jax"
 FLOORS = [
-    {"checks", "folders"},
+    {"checks", "folders", "signals"},
     {"weights", "tracking", "rewards"},
     {"logps"},
     {"divergences"},

@@ -1,6 +1,8 @@
 """What the training commands share: options, opening a model, placing arrays, the run from data to folder."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 from functools import partial
@@ -9,8 +11,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from pt_jax import checks, folders, models
-from pt_jax.commands import adapters, runs
+from pt_jax import checks, folders, models, signals
+from pt_jax.commands import adapters, keeping, runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
@@ -18,7 +20,7 @@ from pt_jax.training import init_state, loop, make_train_step, optimizers, sched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(keeping.Keeping):
     """Options of every training command.
 
     Args:
@@ -169,8 +171,9 @@ def check_options(options: Training, kinds, **inputs) -> list[dict]:
     checks.positive("--clip", options.clip)  # infinity does not clip
     if options.batch_size % options.microbatches:
         raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
+    keeping.check(options)
     inputs = adapters.inputs(options) | {"--data": options.data} | inputs
-    runs.check_out(options.out, overwrite=options.overwrite, **inputs)
+    runs.check_out(options.out, overwrite=options.overwrite, resume=options.resume, **inputs)
     adapters.check(options)
     return rows.read(options.data, kinds=kinds)
 
@@ -209,12 +212,17 @@ class Fit:
         state = init_state(trained, optimizer, key)
         layout = sharding.by_name(state, self.mesh)
         self.state = jax.device_put(state, layout)
+        self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
 
     @property
     def params(self):
         """The model as it is now, for everything that asks it."""
-        return self.state.params if self.how is None else lora.attach(self.frozen[0], self.state.params, self.how)
+        return self.params_of(self.state)
+
+    def params_of(self, state):
+        """The model of a state."""
+        return state.params if self.how is None else lora.attach(self.frozen[0], state.params, self.how)
 
     def reference(self):
         """The model before training, which stays: with adapters their base, else a copy."""
@@ -227,12 +235,91 @@ class Fit:
     def rows_of_step(self, step: int) -> np.ndarray:
         return batches.rows_of_step(self.count, self.options.batch_size, step, seed=self.options.seed)
 
-    def run(self, batch_of_step, on_metrics) -> None:
-        """All steps, for methods whose batches do not depend on the parameters."""
-        self.state = loop.fit(
-            self.state, self.train_step, lambda step: self.place(batch_of_step(step)),
-            steps=self.steps, on_metrics=on_metrics, log_every=self.options.log_every, frozen=self.frozen,
-        )  # fmt: skip
+    @contextlib.contextmanager
+    def stage(self, name: str, tracker=None):
+        """The stage ``name`` of the run, with its checkpoints: gives (tracker, stage, logs) as ``runs.stage`` does.
+
+        A run of its own, to which no tracker is given, goes on from a checkpoint when it is to, and is stopped by
+        signals between two steps.
+        """
+        if tracker is not None:
+            with runs.stage(self.options, name, self.steps, tracker) as (self.tracker, on, logs):
+                yield self.tracker, on, logs
+            return
+        notes = []
+        warn = lambda sentence: notes.append(sentence) if self.tracker is None else self.tracker.warn(sentence)
+        with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
+            done = self._resume()
+            with runs.stage(self.options, name, self.steps, None, done) as (self.tracker, on, logs):
+                for sentence in notes:
+                    self.tracker.warn(sentence)
+                if done is not None:
+                    on.latest = self.saved.meta(done)["metrics"]
+                    self.tracker.print(f"Goes on from the checkpoint of step {done} in {self.saved.folder}")
+                yield self.tracker, on, logs
+                self.saved.wait()
+
+    def _resume(self) -> int | None:
+        """Takes up the state of a checkpoint; the step that it is of, or None."""
+        step = keeping.step_to_resume(self.options, self.saved)
+        if step is None:
+            return None
+        where = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        like, self.state = jax.tree.map(where, self.state), None  # there is no room for both
+        self.state = self.saved.restore(step, like)
+        keeping.check_inputs(self.saved.meta(step), self.options)
+        self.saved.go_on_from(step)
+        self.done = step
+        return step
+
+    def run(self, batch_of_step, on, *, step=None, callbacks=(), bad_batch=None) -> None:
+        """All steps that are not done.
+
+        Args:
+          batch_of_step: step number -> batch of arrays with rows in front; what ``step`` takes, when that is given.
+          on: the stage that metrics are reported to.
+          step: ``(state, frozen, batch) -> (state, metrics)``; the train step when None.
+          callbacks: see ``loop.fit``.
+          bad_batch: step number -> the arrays that it trained on; ``batch_of_step`` when None.
+        """
+        options, batch_of = self.options, batch_of_step
+        if step is None:
+            batch_of = lambda i: self.place(batch_of_step(i))
+            if self.done < self.steps:
+                self.compile(batch_of(self.done))
+        with self._profiled() as profile:
+            try:
+                self.state = loop.fit(
+                    self.state, step or self.train_step, batch_of, steps=self.steps, start=self.done,
+                    on_metrics=on.step, log_every=options.log_every, frozen=self.frozen,
+                    callbacks=(*callbacks, *profile), bad_steps=options.bad_steps,
+                    **({} if self.saved is None else self._kept()),
+                )  # fmt: skip
+            except FloatingPointError as e:
+                if self.saved is not None:
+                    keeping.leave_batch(e, (bad_batch or batch_of_step)(e.step), self)
+                raise
+
+    def compile(self, batch) -> None:
+        """Compiles the train step for batches like this one, and prints what it took and takes."""
+        said = loop.compiled(self.train_step, self.state, self.frozen, batch)
+        self.tracker.print(f"Train step: {said}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _profiled(self):
+        if self.options.profile is None:
+            yield ()
+            return
+        folder = runs.unfinished(self.options.out) / "profile"
+        with contextlib.closing(loop.Profile(folder, *self.options.profile)) as profile:
+            yield (profile,)
+
+    def _kept(self) -> dict:
+        """What ``loop.fit`` is given to save and to stop."""
+        noted = functools.cache(lambda: keeping.noted(self.options))
+        save = lambda step, state, values: self.saved.save(step, state, metrics=values, meta=noted())
+        every = loop.every(self.options.checkpoint_every, save, self.saved.poll)
+        return {"save": every, "stop": keeping.stop(self.options)}
 
     def save(self, logs=()) -> None:
         """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""

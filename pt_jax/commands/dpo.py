@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pt_jax.commands import common, runs
+from pt_jax.commands import common
 from pt_jax.data import batches, encode
 from pt_jax.recipes import dpo as recipe
 from pt_jax.recipes.score import make_score
@@ -57,8 +57,8 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
         references = (of_side[ids] for of_side in of_reference)
         return recipe.make_batch(chosen, *references, pad_token=model.pad_token, length=length)
 
-    with runs.stage(options, stage, fit.steps, tracker) as (tracker, on, logs):
-        fit.run(batch_of_step, on.step)
+    with fit.stage(stage, tracker) as (tracker, on, logs):
+        fit.run(batch_of_step, on)
         scored = of_reference[0], recipe.reference_logps(score, fit.params, all_chosen, **how)
         before, after = (float(logps.mean()) for logps in scored)
         if after < before:

@@ -1,5 +1,6 @@
 """``pt-jax grpo``: group relative policy optimisation against a verifiable reward."""
 
+import collections
 import dataclasses
 import importlib.util
 import math
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from pt_jax import advantages, weights
-from pt_jax.commands import common, runs
+from pt_jax.commands import common
 from pt_jax.data import batches, encode
 from pt_jax.data import rows as data_rows
 from pt_jax.recipes import grpo as recipe
@@ -19,7 +20,6 @@ from pt_jax.recipes.score import make_score
 from pt_jax.rewards import answers
 from pt_jax.sampling import Sampling, text
 from pt_jax.sampling.distribution import GREEDY
-from pt_jax.training import loop
 
 REWARDS = {"number": answers.number, "exact": answers.exact}
 MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
@@ -48,6 +48,7 @@ class GRPO(common.Training):
     """
 
     learning_rate: float = 1e-5
+    log_every: int = 1
     batch_size: int = 8
     group: int = 8
     updates: int = 1
@@ -89,13 +90,13 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     sample_key = jax.random.fold_in(jax.random.key(options.seed), 1)
     evaluate = Evaluation(model, held_out, reward, options.max_new_tokens)
 
-    def rollout(step):
+    def rollout(params, step):
         """The batch of a step and what its samples say."""
         ids = fit.rows_of_step(step)
         tokens, seen = text.pad_prompts([prompts[i] for i in ids], pad_token=model.pad_token, length=length)
         # a prompt's random numbers are addressed by when it comes up, so its next turn samples anew
         turns = np.arange(step * len(ids), (step + 1) * len(ids))
-        out = sampler(fit.params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
+        out = sampler(params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
         texts = text.to_texts(model.tokenizer, out)
         verdicts = [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
         rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
@@ -104,23 +105,37 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
-    with runs.stage(options, stage, fit.steps, tracker) as (_, on, logs):
-        if held_out:
+    recent = collections.deque(maxlen=options.log_every)  # (step, batch), until it is known whether they were good
+
+    def sample_and_update(state, frozen, step):
+        """All updates of a step of the loop, which is a rollout and counts as one."""
+        batch, said = rollout(fit.params_of(state), step)
+        batch = fit.place(batch)
+        if reference is not None:
+            batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"], batch["mask"])})
+        recent.append((step, batch))
+        if step == fit.done:
+            fit.compile(batch)
+        skipped = 0
+        for update in range(options.updates):
+            state, metrics = fit.train_step(state, frozen, batch)
+            skipped = max(skipped, int(metrics["skipped"]))
+            if update == 0:
+                said |= recipe.sampler_agreement(batch, metrics["logps"])
+                batch |= fit.place({"old_logps": metrics["logps"], "fresh": np.zeros(len(batch["fresh"]), bool)})
+        metrics = {k: v for k, v in metrics.items() if v.ndim == 0}
+        return state, metrics | {"skipped": skipped} | said
+
+    def evaluation(step, state, metrics):
+        return evaluate(fit.params_of(state)) if step % options.eval_every == 0 or step == fit.steps else None
+
+    with fit.stage(stage, tracker) as (_, on, logs):
+        if held_out and fit.done == 0:
             on.step(0, evaluate(fit.params))
-        for step in range(fit.steps):
-            batch, said = rollout(step)
-            batch = fit.place(batch)
-            if reference is not None:
-                batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"], batch["mask"])})
-            for update in range(options.updates):
-                fit.state, metrics = fit.train_step(fit.state, fit.frozen, batch)
-                if update == 0:
-                    said |= recipe.sampler_agreement(batch, metrics["logps"])
-                    batch |= fit.place({"old_logps": metrics["logps"], "fresh": np.zeros(len(batch["fresh"]), bool)})
-            metrics = {k: v for k, v in jax.device_get(metrics).items() if np.ndim(v) == 0}
-            if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == fit.steps):
-                said |= evaluate(fit.params)
-            loop.report(step + 1, metrics | said, on.step)
+        fit.run(
+            lambda step: step, on, step=sample_and_update, callbacks=(evaluation,) if held_out else (),
+            bad_batch=lambda step: dict(recent)[step],
+        )  # fmt: skip
         fit.save(logs)
     return on.latest
 

@@ -5,18 +5,23 @@ import dataclasses
 import json
 import pathlib
 import platform
+import shutil
+import subprocess
 from importlib import metadata
 
 from pt_jax import folders
+from pt_jax.tracking import sinks
 from pt_jax.tracking.metrics import JsonlLog
 from pt_jax.tracking.progress import Progress
 from pt_jax.tracking.tracker import Tracker
+from pt_jax.training import checkpoints
 
 TRAINING = ("sft", "dpo", "grpo")
 LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
+KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile")  # and what some runs write
 
 
-def check_out(out, *, overwrite: bool, **inputs) -> None:
+def check_out(out, *, overwrite: bool, resume: str = "never", **inputs) -> None:
     """Fails with a sentence unless a training run may make its folder here.
 
     A folder is replaced only when it is asked for, when it holds a model or what such a run left, and when nothing
@@ -25,6 +30,7 @@ def check_out(out, *, overwrite: bool, **inputs) -> None:
     Args:
       out: the folder to make.
       overwrite: whether one that is there may be replaced.
+      resume: whether the checkpoints of a run that was stopped are gone on from ("auto", or a step) or not ("never").
       **inputs: name of an option to the path that it gives, or None.
     """
     check_place(out, **inputs)
@@ -32,7 +38,12 @@ def check_out(out, *, overwrite: bool, **inputs) -> None:
     path = pathlib.Path(out).resolve()
     if path.is_dir() and any(path.iterdir()) and not _is_a_model(path):
         raise ValueError(f"--out {out}: holds no model, so --overwrite does not replace it; give another folder")
-    folders.check_writable(unfinished(out), keep=LOGS)
+    folders.check_writable(unfinished(out), keep=(*LOGS, *(path.name for path in _kept(unfinished(out)))))
+    if resume == "never" and not overwrite and checkpoints.complete(unfinished(out) / "checkpoints"):
+        raise ValueError(
+            f"--out {out}: {unfinished(out)} has checkpoints of a run that was stopped; give --resume auto to go on, "
+            "or --overwrite to begin anew"
+        )
 
 
 def check_place(out, **inputs) -> None:
@@ -68,8 +79,13 @@ def unfinished(out) -> pathlib.Path:
     return path.with_name(path.name + ".unfinished")
 
 
+def _kept(folder) -> list[pathlib.Path]:
+    """What runs have left in a folder beside their logs."""
+    return [*(folder / name for name in KEPT if (folder / name).exists()), *folder.glob("bad_step_*.npz")]
+
+
 @contextlib.contextmanager
-def opened(folder, options, stages: dict):
+def opened(folder, options, stages: dict, done: int | None = None):
     """A tracker that writes into a run's folder: options and versions in run.json, metrics in metrics.jsonl.
 
     Called once all input is known to be good, because it makes the folder. An error that ends the run is given this
@@ -79,29 +95,66 @@ def opened(folder, options, stages: dict):
       folder: of the run.
       options: its record of options.
       stages: name to guessed seconds, in order.
+      done: the step that an earlier process's checkpoint is of; None begins anew.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in LOGS:
-        (folder / name).unlink(missing_ok=True)
-    versions = {name: metadata.version(name) for name in ("pt_jax", "jax", "jaxlib", "numpy", "transformers")}
-    about = {"command": type(options).__name__.lower(), "options": dataclasses.asdict(options)}
-    about["versions"] = versions | {"python": platform.python_version()}
-    (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    if done is None:
+        for path in (*(folder / name for name in LOGS), *_kept(folder)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / "run.json").write_text(json.dumps(about(options) | {"resumed_from": done}, indent=2) + "\n")
     try:
-        with JsonlLog(folder / "metrics.jsonl") as log, Progress(stages) as progress:
-            yield Tracker(progress, log)
+        with (
+            JsonlLog(folder / "metrics.jsonl", done) as log,
+            Progress(stages) as progress,
+            contextlib.ExitStack() as stack,
+        ):
+            tracker = Tracker(progress, log)
+            for name in getattr(options, "track", ()):
+                try:
+                    sink = sinks.opened(name, folder, dataclasses.asdict(options), done or 0)
+                except Exception as e:
+                    tracker.warn(f"{name} could not be opened and gets no metrics: {type(e).__name__}: {e}")
+                    continue
+                tracker.logs.append(sink)
+                stack.callback(_close, sink, tracker)
+            yield tracker
     except BaseException as e:
         e.left_in = folder
         raise
 
 
+def _close(sink, tracker):
+    try:
+        sink.close()
+    except Exception as e:
+        tracker.warn(f"{sink.name} failed at the end: {type(e).__name__}: {e}")
+
+
+def about(options) -> dict:
+    """What a run is: its options, the versions of what it runs on, the git revision of where it runs, if any."""
+    versions = {name: metadata.version(name) for name in ("pt_jax", "jax", "jaxlib", "numpy", "transformers")}
+    said = {"command": type(options).__name__.lower(), "options": dataclasses.asdict(options)}
+    return said | {"versions": versions | {"python": platform.python_version()}, "git": _revision()}
+
+
+def _revision() -> str | None:
+    """The commit that is checked out here, with a + when files differ from it; None where there is no repository."""
+    try:
+        git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        return git("rev-parse", "HEAD").stdout.strip() + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 @contextlib.contextmanager
-def stage(options, name: str, total: int, tracker=None):
+def stage(options, name: str, total: int, tracker=None, done: int | None = None):
     """One stage of a run: of the tracker that is given, or of a new one.
 
     A new one logs into ``unfinished(options.out)``, so that an earlier run's folder stays as it is until the new model
-    replaces it; the caller puts the logs beside the model before the block ends.
+    replaces it; the caller puts the logs beside the model before the block ends. What else the run left, such as its
+    checkpoints, is then moved there.
 
     Gives (tracker, stage, logs), the last being the paths of the run's own logs.
     """
@@ -109,11 +162,18 @@ def stage(options, name: str, total: int, tracker=None):
         logs = ()
         if tracker is None:
             folder = unfinished(options.out)
-            tracker = stack.enter_context(opened(folder, options, {name: 60.0}))
+            tracker = stack.enter_context(opened(folder, options, {name: 60.0}, done))
             logs = tuple(folder / log for log in LOGS)
-        yield tracker, stack.enter_context(tracker.stage(name, total)), logs
+        yield tracker, stack.enter_context(tracker.stage(name, total, done or 0)), logs
     for log in logs:
         log.unlink()
     for folder in {log.parent for log in logs}:
+        _hand_over(folder, pathlib.Path(options.out).resolve())
         with contextlib.suppress(OSError):  # somebody put something in
             folder.rmdir()
+
+
+def _hand_over(folder, out) -> None:
+    for path in _kept(folder):
+        if out.is_dir() and not (out / path.name).exists():
+            path.rename(out / path.name)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from pt_jax import weights
-from pt_jax.commands import common, runs
+from pt_jax.commands import common
 from pt_jax.data import batches, encode, packing
 from pt_jax.recipes import sft as recipe
 
@@ -61,7 +61,7 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
     def batch_of_step(step):
         return make_batch([examples[i] for i in fit.rows_of_step(step)], **how)
 
-    with runs.stage(options, stage, fit.steps, tracker) as (_, on, logs):
-        fit.run(batch_of_step, on.step)
+    with fit.stage(stage, tracker) as (_, on, logs):
+        fit.run(batch_of_step, on)
         fit.save(logs)
     return on.latest | packed

@@ -14,22 +14,25 @@ _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlLog:
-    """Creates a file and writes one line a call, flushed at once; a context manager that closes it.
+    """Creates a file, or goes on with one, and writes one line a call, flushed at once; a context manager.
 
     Nothing is written that the caller did not hand in (no clock, no host name), and floats are written with all
     their digits: a bitwise rerun makes an identical file.
 
     Args:
-      path: the file to create; its folder must exist.
+      path: the file; its folder must exist.
+      after: the last step that an existing file is to keep (see ``cut``); None when there is to be no such file.
 
     Raises:
       ValueError: the file exists already, or cannot be created.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, after: int | None = None):
         self.path = pathlib.Path(path)
+        if after is not None:
+            cut(self.path, after)
         try:
-            self._file = open(self.path, "xb")  # noqa: SIM115 (closed by close)
+            self._file = open(self.path, "xb" if after is None else "ab")  # noqa: SIM115 (closed by close)
         except FileExistsError as e:
             raise ValueError(f"{self.path}: exists already; give another name, or move it away first") from e
         except OSError as e:
@@ -59,6 +62,26 @@ class JsonlLog:
 
     def __exit__(self, *error):
         self.close()
+
+
+def cut(path, step: int) -> None:
+    """Takes the lines of later steps, and one that a crash cut short, out of a file of lines that have a "step".
+
+    A run that goes on from a checkpoint writes them again. The file is replaced in one move; one that is not there is
+    let be.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return
+    kept, fresh = [], path.with_name(f".{path.name}.new")
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            whole = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        kept += [line + b"\n"] if whole else []
+    fresh.write_bytes(b"".join(kept))
+    fresh.replace(path)
 
 
 def read(path) -> list[dict]:
@@ -91,9 +114,14 @@ def read(path) -> list[dict]:
     return records
 
 
-def _written(name, value):
+def check(name: str, value) -> None:
+    """Fails unless a metric is a plain number."""
     if not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {type(value).__name__}; fetch it with float()")
+
+
+def _written(name, value):
+    check(name, value)
     value = float(value)
     if math.isnan(value):
         return "NaN"

@@ -16,8 +16,8 @@ _BURST = 0.05  # seconds; steps that are reported sooner after each other were d
 class Stage:
     """One stage: how far it is, how fast it goes, what it measured last. Made by ``Progress.stage``."""
 
-    def __init__(self, name, total, clock, changed):
-        self.name, self.total, self.done, self.metrics = name, total, 0, {}
+    def __init__(self, name, total, clock, changed, done=0):
+        self.name, self.total, self.done, self.metrics, self._start = name, total, done, {}, done
         self.begun, self.ended, self.finished = clock(), None, False
         self._clock, self._changed = clock, changed
         self._marks = []  # (steps done, when)
@@ -42,8 +42,8 @@ class Stage:
             marks = [*marks[:-1], (done, marks[-1][1])]
         else:
             marks = [*(marks[1::2] if len(marks) >= _MARKS else marks), (done, now)]
-        if len(marks) == 1 and done > 1:  # the first report is of several steps, so it has a rate
-            marks = [(0, self.begun), *marks]
+        if len(marks) == 1 and done > self._start + 1:  # the first report is of several steps, so it has a rate
+            marks = [(self._start, self.begun), *marks]
         self._marks = marks
 
     def elapsed(self, now: float) -> float:
@@ -115,12 +115,13 @@ class Progress:
             self._live = None
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int):
+    def stage(self, name: str, total: int, done: int = 0):
         """The stage ``name`` runs while the block does.
 
         Args:
           name: one of ``stages``; each runs once. Those left out before it count as skipped.
           total: how many steps it has.
+          done: how many of them were done by an earlier process.
 
         Returns:
           A context manager giving the ``Stage``.
@@ -137,7 +138,7 @@ class Progress:
             raise ValueError(f"stage {name!r} {why}; every stage runs once, one after the other")
         if total < 0:
             raise ValueError(f"total must be at least 0, got {total}")
-        stage = Stage(name, total, self._clock, self._report)
+        stage = Stage(name, total, self._clock, self._report, done)
         self.run, self.current = {**self.run, name: stage}, stage  # a new dict: another thread is drawing the old
         self._line(stage, stage.begun)
         try:

@@ -104,13 +104,156 @@ def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(norm):
     assert len(seen) == 1
 
 
+def with_bad(bad, *steps):
+    return lambda i: {"x": batch_of_step(i)["x"] + (bad if i in steps else 0)}
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("log_every", [1, 10])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_step(bad, log_every):
+def test_losses_that_are_not_finite_in_a_row_end_the_run_and_name_the_step(bad, log_every):
     seen = []
-    with pytest.raises(FloatingPointError, match=r"the loss of step 3 is (nan|inf); a lower learning rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss of step 6 is (nan|inf); a lower learning rate") as raised:
         loop.fit(
-            new_state(), STEP, lambda i: {"x": batch_of_step(i)["x"] + (bad if i == 2 else 0)},
-            steps=6, log_every=log_every, on_metrics=lambda number, values: seen.append(number),
+            new_state(), STEP, with_bad(bad, 2, 4, 5, 6), steps=9, log_every=log_every, bad_steps=2,
+            on_metrics=lambda number, values: seen.append((number, values["skipped"])),
         )  # fmt: skip
-    assert seen == [1, 2, 3]  # what led there is logged, what came after it is not
+    # what led there is logged, what came after it is not; a good step between two bad ones forgives the first
+    assert seen == [(1, 0), (2, 0), (3, 1), (4, 0), (5, 1), (6, 1)]
+    assert raised.value.step == 5 and np.isfinite(raised.value.state.params["w"]).all()
+
+
+def test_a_row_of_bad_steps_is_counted_across_two_processes():
+    state, _ = fit(new_state(), 4, with_bad(np.nan, 2, 3), bad_steps=3)
+    with pytest.raises(FloatingPointError, match="of step 5"):
+        fit(state, 9, with_bad(np.nan, 4), bad_steps=3)
+
+
+def test_a_step_that_does_not_skip_ends_the_run_at_once():
+    def bare(state, frozen, batch):
+        state, metrics = STEP(state, frozen, batch)
+        return state, {k: v for k, v in metrics.items() if k != "skipped"}
+
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
+        loop.fit(new_state(), bare, with_bad(np.nan, 2), steps=6, on_metrics=lambda *_: None)
+
+
+def test_a_skip_for_another_reason_is_given_up_as_well():
+    seen = []
+    for number in (1, 2):
+        loop.report(number, {"loss": 1.0, "skipped": 1}, lambda *x: seen.append(x))
+    with pytest.raises(FloatingPointError, match="step 3 and those before it were skipped"):
+        loop.report(3, {"loss": 1.0, "skipped": 1}, lambda *x: seen.append(x), may_skip=False)
+    assert len(seen) == 3
+
+
+def test_an_iterator_of_batches_is_taken_in_order():
+    one, two = fit(new_state(), 4), fit(new_state(), 4, map(batch_of_step, range(4)))
+    assert one[1] == two[1]
+
+
+def test_a_callback_sees_every_step_adds_metrics_and_changes_nothing():
+    calls = []
+
+    def norm(step, state, metrics):
+        calls.append((step, int(state.step), "loss" in metrics))
+        return {"norm": float(jnp.sum(state.params["w"] ** 2))} if step % 2 == 0 else None
+
+    plain, watched = fit(new_state(), 5), fit(new_state(), 5, callbacks=(norm, loop.at(5, lambda state: {"last": 1})))
+    jax.tree.map(np.testing.assert_array_equal, plain[0].params, watched[0].params)
+    assert calls == [(n, n, True) for n in range(1, 6)]
+    assert [sorted(v.keys() - plain[1][0][1].keys()) for _, v in watched[1]] == [[], ["norm"], [], ["norm"], ["last"]]
+    assert [{k: v[k] for k in plain[1][0][1]} for _, v in watched[1]] == [v for _, v in plain[1]]
+
+
+def test_a_callback_may_end_the_training_after_its_step():
+    def enough(step, state, metrics):
+        if step == 3:
+            raise loop.EndOfTraining(why=1.5)
+
+    state, seen = fit(new_state(), 9, callbacks=(enough,))
+    assert int(state.step) == 3 and [n for n, _ in seen] == [1, 2, 3] and seen[-1][1]["why"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "over"),
+    [
+        ([], False), ([1.0], False), ([1.0, 1.0], False), ([1.0, 1.0, 1.0], True), ([3.0, 2.0, 1.0, 1.5], False),
+        ([np.nan, np.nan], True), ([1.0, np.nan, 2.0], True), ([np.nan, 5.0, 6.0], False),
+    ],
+)  # fmt: skip
+def test_patience_is_over_when_the_best_is_so_far_back(values, over):
+    assert loop.out_of_patience(values, 2) is over
+    assert loop.out_of_patience([-v for v in values], 2, max) is over
+
+
+def saver(n):
+    saved = []
+    return saved, loop.every(n, lambda step, state, values: saved.append((step, int(state.step), values)))
+
+
+def test_what_is_saved_has_been_reported_and_is_of_that_step():
+    saved, save = saver(3)
+    _, seen = fit(new_state(), 7, log_every=100, save=save)
+    assert [(step, at) for step, at, _ in saved] == [(3, 3), (6, 6)]
+    assert [values for *_, values in saved] == [seen[2][1], seen[5][1]]
+    assert [n for n, _ in seen] == [*range(1, 8)]
+    assert fit(new_state(), 7, log_every=100)[1] == seen
+
+
+def test_a_reason_to_stop_saves_and_is_told_with_the_state():
+    saved, save = saver(None)
+    seen = []
+    with pytest.raises(loop.Stopped, match="SIGTERM") as raised:
+        loop.fit(
+            new_state(), STEP, batch_of_step, steps=9, on_metrics=lambda n, _: seen.append(n), save=save,
+            stop=loop.first_of(lambda step: None, lambda step: "SIGTERM" if step >= 4 else None),
+        )  # fmt: skip
+    assert [(step, at) for step, at, _ in saved] == [(4, 4)] and seen == [1, 2, 3, 4]
+    assert int(raised.value.state.step) == raised.value.step == 4 and raised.value.code == 75
+
+
+def test_a_reason_that_is_there_before_the_first_step_stops_before_it():
+    saved, save = saver(1)
+    with pytest.raises(loop.Stopped) as raised:
+        fit(new_state(), 9, lambda i: pytest.fail("a batch was made"), save=save, stop=lambda step: "SIGINT")
+    assert saved == [] and raised.value.step == 0
+
+
+def test_a_run_that_is_done_is_not_stopped():
+    assert int(fit(new_state(), 3, stop=lambda step: "SIGINT" if step == 3 else None)[0].step) == 3
+
+
+def test_a_time_limit_counts_from_when_it_was_made():
+    now = [100.0]
+    stop = loop.time_limit(10, clock=lambda: now[0])
+    assert stop(1) is None
+    now[0] = 110.0
+    assert stop(2) == "the time limit of 10 seconds"
+
+
+def test_a_step_is_compiled_ahead_once_and_says_what_it_takes(caplog):
+    step, state, batch = make_train_step(distance, OPTIMIZER), new_state(), batch_of_step(0)
+    with jax.log_compiles():
+        said = loop.compiled(step, state, None, batch)
+        state, _ = step(state, None, batch)
+    assert len([r for r in caplog.messages if "Finished XLA compilation of jit(train_step)" in r]) == 1
+    held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state, batch)))
+    assert said.arguments >= held and said.seconds > 0 and "compiled in" in str(said) and int(state.step) == 1
+
+
+def test_a_profile_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
+    calls, now = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: calls.append(("start", now[-1])))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", now[-1])))
+    for steps, expected in (
+        (9, [("start", 2), ("stop", 5)]),
+        (4, [("start", 2), ("stop", 4)]),
+        (2, [("start", 2), ("stop", 2)]),
+    ):
+        profile = loop.Profile(tmp_path, 3, 5)
+        fit(new_state(), steps, callbacks=(lambda step, *_: now.append(step), profile))
+        profile.close()
+        assert calls == expected
+        calls.clear()
+    with pytest.raises(ValueError, match="needs 2 <= first <= last"):
+        loop.Profile(tmp_path, 1, 5)

@@ -1,0 +1,180 @@
+"""How a run is kept and gone on with: its checkpoints, what may differ when it goes on, when it stops."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+import jax
+import numpy as np
+import xxhash
+
+from pt_jax import checks, signals
+from pt_jax.commands import runs
+from pt_jax.tracking import sinks
+from pt_jax.training import checkpoints, loop, manifests, specs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Options of every training command that say how its run is kept, gone on with, watched and stopped.
+
+    Args:
+      checkpoint_every: steps between two checkpoints of everything that the run depends on, in OUT.unfinished, and in
+        OUT once the model is there. SIGTERM and Ctrl-C write one too, and exit with 75: start me again with --resume.
+      keep: newest checkpoints that are kept.
+      keep_every: keep those of every so many steps as well.
+      keep_best: keep the one where this metric was best as well: lowest if its name ends in loss, else highest.
+      resume: "auto" goes on from the newest whole checkpoint, if there is one, and a number from that step's. The run
+        is then the one that was never stopped, to the last bit.
+      on_save_error: when a checkpoint cannot be written: "warn" and go on, or "stop".
+      bad_steps: steps in a row with a loss or gradient that is not finite (each is skipped) after which to give up; the
+        batch is left in OUT.unfinished.
+      max_minutes: stop after so long as a signal would.
+      profile: record the steps from the first of these numbers to the second for TensorBoard and Perfetto.
+      track: logs to write beside metrics.jsonl.
+    """
+
+    checkpoint_every: int | None = None
+    keep: int = 3
+    keep_every: int | None = None
+    keep_best: str | None = None
+    resume: str = "never"
+    on_save_error: Literal["warn", "stop"] = "warn"
+    bad_steps: int = 3
+    max_minutes: float | None = None
+    profile: tuple[int, int] | None = None
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+# What a run may change when it goes on: no result of these, or no more than the rounding of float32
+MAY_CHANGE = (
+    "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "remat",
+    *(field.name for field in dataclasses.fields(Keeping)),
+)  # fmt: skip
+INPUTS = ("model", "data", "eval_data")  # these are compared by what is in them, wherever it now lies
+
+
+def check(options: Keeping) -> None:
+    """Fails with a sentence when the options of keeping make no sense."""
+    for name in ("checkpoint_every", "keep", "keep_every", "bad_steps", "max_minutes"):
+        if getattr(options, name) is not None:
+            checks.positive("--" + name.replace("_", "-"), getattr(options, name))
+    if options.resume not in ("auto", "never") and not options.resume.isdecimal():
+        raise ValueError(f"--resume {options.resume}: must be auto, never, or the step of a checkpoint")
+    if options.profile is not None and not 2 <= options.profile[0] <= options.profile[1]:
+        first, last = options.profile
+        raise ValueError(f"--profile {first} {last}: needs 2 <= first <= last; the first step compiles")
+    sinks.check(options.track)
+
+
+def opened(options: Keeping, warn) -> checkpoints.Checkpoints:
+    """The checkpoints of a run."""
+    return checkpoints.Checkpoints(
+        runs.unfinished(options.out) / "checkpoints", keep=options.keep, every=options.keep_every,
+        best=options.keep_best and best_of(options.keep_best), failed=warn if options.on_save_error == "warn" else None,
+        warn=warn,
+    )  # fmt: skip
+
+
+def best_of(name: str):
+    """For ``Checkpoints``: how good the metrics of a checkpoint are."""
+    sign = -1 if name.endswith("loss") else 1
+
+    def goodness(metrics):
+        if name not in metrics:
+            raise ValueError(f"--keep-best {name}: a checkpoint's step has no such metric; it has {', '.join(metrics)}")
+        return sign * metrics[name]
+
+    return goodness
+
+
+def step_to_resume(options: Keeping, saved: checkpoints.Checkpoints) -> int | None:
+    """The step whose checkpoint a run goes on from, whole and of the same options; None to begin anew."""
+    if options.resume == "never":
+        return None
+    if options.resume == "auto":
+        step = saved.newest()
+    else:
+        step = int(options.resume)
+        if step not in (there := saved.steps()):
+            raise ValueError(f"--resume {step}: {saved.folder} has {_numbers(there)}")
+        checkpoints.check(saved.folder / str(step))
+    if step is not None:
+        check_options(saved.meta(step), options)
+    return step
+
+
+def _numbers(steps) -> str:
+    return f"checkpoints of the steps {', '.join(map(str, steps))}" if steps else "no complete checkpoint"
+
+
+def noted(options: Keeping) -> dict:
+    """What is noted beside a run's state, so that it is gone on with as it was begun."""
+    return {
+        "command": type(options).__name__.lower(),
+        "options": json.loads(json.dumps(dataclasses.asdict(options))),
+        "inputs": {name: content(path) for name in INPUTS if (path := getattr(options, name, None)) is not None},
+    }
+
+
+def check_options(meta: dict, options: Keeping) -> None:
+    """Fails with a sentence when a run would go on in another way than it was begun."""
+    now = {"command": type(options).__name__.lower(), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    if meta["command"] != now["command"]:
+        raise ValueError(f"--resume: the checkpoint is of pt-jax {meta['command']}, this is pt-jax {now['command']}")
+    for name, value in meta["options"].items():
+        wanted = now["options"].get(name)
+        if name not in (*MAY_CHANGE, *INPUTS) and value != wanted:
+            raise ValueError(
+                f"--{name.replace('_', '-')} was {value} in the run that the checkpoint is of, and is {wanted} now; a "
+                "run goes on as it was begun"
+            )
+
+
+def check_inputs(meta: dict, options: Keeping) -> None:
+    """Fails with a sentence when the data or the model are not those that a run was begun with."""
+    for name, before in meta["inputs"].items():
+        path = getattr(options, name)
+        if path is None or content(path) != before:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {path} is not what the run was begun with; a run goes on with the same"
+            )
+
+
+def content(path) -> str:
+    """A checksum of a file; of a folder one of its files' sizes and of all of its JSON: weights take long to read."""
+    path = pathlib.Path(path)
+    if path.is_file():
+        return manifests.digest(path)
+    state = xxhash.xxh3_128()
+    for file in sorted(p for p in path.glob("*") if p.is_file() and p.suffix in (".json", ".safetensors")):
+        if file.name not in runs.LOGS:
+            state.update(f"{file.name} {file.stat().st_size} ".encode())
+            state.update(file.read_bytes() if file.suffix == ".json" else b"")
+    return state.hexdigest()
+
+
+def stop(options: Keeping):
+    """For ``loop.fit``: a signal, or the end of the time."""
+    limit = () if options.max_minutes is None else (loop.time_limit(60 * options.max_minutes),)
+    return loop.first_of(lambda step: signals.asked(), *limit)
+
+
+def leave_batch(error, batch, fit) -> None:
+    """Writes the batch that a run gave up at into its folder (arrays, rows of the data, texts); the error says where.
+
+    Args:
+      error: FloatingPointError of ``loop.fit``.
+      batch: the arrays.
+      fit: the run, a ``common.Fit``.
+    """
+    arrays = {name: np.asarray(x) for name, x in specs.flat(jax.device_get(batch)).items()}
+    texts = {
+        f"{name[: -len('tokens')]}texts": np.array(fit.model.tokenizer.batch_decode(x.tolist()))
+        for name, x in arrays.items()
+        if name.endswith("tokens")
+    }
+    file = runs.unfinished(fit.options.out) / f"bad_step_{error.step + 1}.npz"
+    np.savez_compressed(file, rows=fit.rows_of_step(error.step), **arrays, **texts)
+    error.args = (f"{error}; its batch is in {file}",)

@@ -1,0 +1,319 @@
+"""Checkpoints of a run's whole state: written while training goes on, checked before they are believed.
+
+A folder of checkpoints has one folder a step, written by Orbax. Beside the arrays it holds ``meta.json`` (versions,
+what the arrays are, whatever the caller adds) and, last of all, ``MANIFEST.json`` with the checksums of every file. A
+checkpoint is complete when that is there; anything else is what a killed run or a broken copy left.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+import threading
+import warnings
+from importlib import metadata
+
+import jax
+import numpy as np
+
+from pt_jax import checks, folders
+from pt_jax.training import manifests, specs
+
+FORMAT = 1  # of a checkpoint's folder; a change that this code could not read gets a new number
+META = "meta.json"
+_ARRAYS, _BEGUN = "default", "_CHECKPOINT_METADATA"  # Orbax's names
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager, because a program that ends without it loses the last one.
+
+    Args:
+      folder: of the checkpoints; made by the first of them.
+      keep: how many of the newest are kept.
+      every: those of steps that this number divides are kept as well.
+      best: ``metrics -> number``, larger is better: the best one is kept as well.
+      failed: called with a sentence when a checkpoint could not be written, and training goes on; None raises it as
+        OSError. The failure of a save that went on in the background is told at the next ``save``, ``poll`` or exit.
+      warn: called with a sentence of each thing in the folder that is no whole checkpoint.
+
+    Raises:
+      ValueError: when entered, the folder cannot be written.
+    """
+
+    def __init__(self, folder, *, keep=3, every=None, best=None, failed=None, warn=warnings.warn):
+        checks.positive("keep", keep)
+        checks.positive("every", 1 if every is None else every)
+        self.folder = pathlib.Path(folder).resolve()
+        self.keep, self.every, self.best, self.failed, self.warn = keep, every, best, failed, warn
+        self._manager, self._thread, self._trouble, self._damaged = None, None, None, set()
+
+    def __enter__(self):
+        folders.check_writable(self.folder / "probe")
+        self._level = logging.getLogger("absl").level
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # a failure is told once, in a sentence
+        return self
+
+    def __exit__(self, *error):
+        try:
+            self.wait()
+        finally:
+            self._close()
+            logging.getLogger("absl").setLevel(self._level)
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, in order; warns of everything else in the folder."""
+        return complete(self.folder, self.warn)
+
+    def newest(self) -> int | None:
+        """The newest step whose files are what was written; None when no checkpoint is complete.
+
+        Raises:
+          ValueError: there are complete ones, and each is damaged.
+        """
+        found = self.steps()
+        for step in reversed(found):
+            faults = manifests.faults(self.folder / str(step))
+            if not faults:
+                return step
+            self._damaged.add(step)
+            self.warn(f"{self.folder / str(step)} is damaged: {_several(faults)}; it is not used")
+        if found:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole, each of {', '.join(map(str, found))} is damaged; begin anew, "
+                "or put back the files from a copy"
+            )
+        return None
+
+    def restore(self, step: int, like):
+        """The state of a step; see ``restore``."""
+        return restore(self.folder / str(step), like)
+
+    def meta(self, step: int) -> dict:
+        """What was noted beside a state; see ``read_meta``."""
+        return read_meta(self.folder / str(step))
+
+    def go_on_from(self, step: int) -> None:
+        """Makes room for the checkpoints after ``step``: later ones are removed, damaged ones and torn ones set aside.
+
+        A damaged one is renamed to STEP.damaged; what a killed run had begun is removed.
+        """
+        self.wait()
+        self._close()  # Orbax remembers what there was
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if not _is_step(path):
+                continue
+            if int(path.name) in self._damaged:
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            elif int(path.name) > step if _is_complete(path) else (path / _BEGUN).exists() or not any(path.iterdir()):
+                _remove(path)
+
+    def save(self, step: int, state, *, metrics=None, meta=None, wait=False) -> None:
+        """Copies the state and writes it in the background; the state may be consumed at once.
+
+        Args:
+          step: number of the checkpoint; there is none of it yet.
+          state: any tree of arrays, keys too, wherever they lie.
+          metrics: name to number, for ``best``.
+          meta: what JSON can say, noted beside it.
+          wait: until it is written.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        leaves = {name: x for name, x in specs.flat(state).items() if np.size(x)}  # Orbax has no empty arrays
+        versions = {name: metadata.version(name) for name in ("pt_jax", "jax", "orbax-checkpoint")}
+        about = {"format": FORMAT, "step": step, "versions": versions, "metrics": dict(metrics or {})}
+        about |= {"spec": specs.spec(state)} | (meta or {})
+        size = sum(x.size * x.dtype.itemsize for x in map(_array, leaves.values()))
+        if self.best is not None:
+            self.best(about["metrics"])  # fails here and not in the background
+        try:
+            self._manager = self._manager or _manager(self.folder)
+            if not self._manager.save(step, args=ocp.args.PyTreeSave(leaves), force=True):
+                raise OSError("Orbax refused to save it")
+        except Exception as e:
+            return self._tell(step, size, e)
+        self._thread = threading.Thread(target=self._complete, args=(step, about, size))
+        self._thread.start()
+        return self.wait() if wait else None
+
+    def poll(self) -> None:
+        """Tells of a save that has failed meanwhile; it does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is complete."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            self._tell(*trouble)
+
+    def _complete(self, step, about, size):
+        """In a thread of its own: once Orbax has committed, notes and checksums; then old ones go."""
+        path = self.folder / str(step)
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                (path / META).write_text(json.dumps(about, indent=1))
+                manifests.write(path)
+                self._drop()
+        except BaseException as e:
+            self._trouble = step, size, e
+
+    def _tell(self, step, size, error):
+        """Of a checkpoint that was not written: what it left is removed, so that there is room for the next."""
+        path = self.folder / str(step)
+        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        if not _is_complete(path):
+            for left in (path, *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+        self._close()  # Orbax would tell it again
+        said = f"checkpoint {path} was not written: {_reason(error)}; it takes {size:,} bytes and {free:,} were free"
+        if self.failed is None:
+            raise OSError(said) from error
+        self.failed(said)
+
+    def _drop(self):
+        """Removes the checkpoints that nothing keeps."""
+        steps = complete(self.folder)
+        kept = {*steps[-self.keep :]} | {s for s in steps if self.every is not None and s % self.every == 0}
+        if self.best is not None:
+            kept.add(max(steps, key=lambda s: self.best(read_meta(self.folder / str(s))["metrics"])))
+        for step in steps:
+            if step not in kept:
+                _remove(self.folder / str(step))
+
+    def _close(self):
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except Exception as e:  # of a save that has failed, which was told
+                logging.getLogger(__name__).debug("closing the manager: %s", e)
+
+
+def complete(folder, warn=lambda sentence: None) -> list[int]:
+    """The steps that have a complete checkpoint in a folder, in order; warns of everything else in it."""
+    folder, found = pathlib.Path(folder), []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _is_step(path) and _is_complete(path):
+            found.append(int(path.name))
+        elif _is_step(path):
+            warn(f"{path} is not a complete checkpoint, it has no {manifests.NAME}; it is not used")
+        elif path.suffix != ".damaged":
+            warn(f"{path} is no checkpoint; it is not used")
+    return sorted(found)
+
+
+def read_meta(path) -> dict:
+    """What was noted beside the state in the folder of one checkpoint.
+
+    Raises:
+      ValueError: it is not there, or of a later format.
+    """
+    path = pathlib.Path(path)
+    try:
+        about = json.loads((path / META).read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: is no checkpoint, its {META} cannot be read ({e})") from e
+    if about.get("format", 0) > FORMAT:
+        raise ValueError(f"{path}: has format {about['format']}, this version reads up to {FORMAT}; update pt_jax")
+    return about
+
+
+def restore(path, like):
+    """The state in the folder of one checkpoint, placed as ``like`` is: on any mesh, on any number of devices.
+
+    Args:
+      path: of the checkpoint; its checksums are not looked at (``Checkpoints.newest``, ``check``).
+      like: tree of arrays, or of ``jax.ShapeDtypeStruct`` with a sharding; without one, on the first device.
+
+    Raises:
+      ValueError: the saved state has other names, shapes or types; nothing is cast.
+    """
+    saved = read_meta(path)["spec"]
+    if (gap := specs.difference(saved, specs.spec(like))) is not None:
+        raise ValueError(f"{path}: is of another state: {gap}")
+    return _read(path, like)
+
+
+def restore_part(path, like):
+    """The same of a part of the state, such as ``{"params": ...}``; the rest is not read."""
+    saved, wanted = read_meta(path)["spec"], specs.spec(like)
+    if (gap := specs.difference({name: x for name, x in saved.items() if name in wanted}, wanted)) is not None:
+        raise ValueError(f"{path}: is of another state: {gap}")
+    return _read(path, like)
+
+
+def check(path) -> None:
+    """Fails when a file of one checkpoint is not what was written."""
+    if faults := manifests.faults(path):
+        raise ValueError(f"{path}: is damaged: {_several(faults)}")
+
+
+def _read(path, like):
+    import orbax.checkpoint as ocp
+
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda x: getattr(x, "sharding", None) or where
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)) for name, x in _arrays(like).items()}
+    full = {name: x for name, x in wanted.items() if x.size}
+    how = ocp.checkpoint_utils.construct_restore_args(full)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(item=full, restore_args=how, partial_restore=True)
+        leaves = reader.restore(pathlib.Path(path).resolve() / _ARRAYS, args=args)
+    empty = {name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for name, x in wanted.items() if not x.size}
+    return specs.unflat(leaves | empty, like)
+
+
+def _arrays(tree) -> dict:
+    return {name: _array(x) for name, x in specs.flat(tree).items()}
+
+
+def _array(x):
+    return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+def _manager(folder):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+    how = ocp.CheckpointManagerOptions(
+        max_to_keep=None, enable_async_checkpointing=True,
+        atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
+    )  # fmt: skip
+    return ocp.CheckpointManager(folder, options=how)
+
+
+def _is_step(path) -> bool:
+    return path.is_dir() and path.name.isdecimal()
+
+
+def _is_complete(path) -> bool:
+    return (path / manifests.NAME).is_file()
+
+
+def _remove(path) -> None:
+    """A checkpoint, so that one that is half removed is not taken for a damaged one."""
+    (path / manifests.NAME).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _several(faults) -> str:
+    return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+
+
+def _reason(error) -> str:
+    """An error in a few words; a full disk's comes with a page of how the array was stored."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    for known in ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied"):
+        if known in text:
+            return known
+    return f"{type(error).__name__}: {text:.200}"

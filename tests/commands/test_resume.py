@@ -1,0 +1,378 @@
+"""A command that was stopped and goes on is the one that was not stopped, to the last bit; or it says what differs."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from pt_jax import models, signals
+from pt_jax.commands import common, dpo, grpo, keeping, sft
+from pt_jax.recipes import sft as sft_recipe
+from pt_jax.tracking import metrics, sinks
+from pt_jax.training import checkpoints, loop, specs
+
+COMMANDS = {
+    "sft": (sft, sft.SFT, "completion", {"microbatches": 2, "batch_size": 16}),
+    "dpo": (dpo, dpo.DPO, "preference", {"lora_rank": 2, "nll": 0.1, "batch_size": 8}),
+    "grpo": (grpo, grpo.GRPO, "question", {
+        "group": 2, "updates": 2, "kl": 0.1, "max_new_tokens": 4, "batch_size": 8, "eval_every": 4,
+    }),
+}  # fmt: skip
+STEPS, LEFT_AT = 12, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_kept(tmp_path_factory):
+    """The same few programs are compiled by every run here."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1,
+    }  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def options(folder, data, tmp_path_factory):
+    """(command, out, changes) -> its options."""
+    reward = tmp_path_factory.mktemp("rewards") / "mine.py"
+    reward.write_text("def length(completion, row):\n    return float(len(completion) % 7) + 0.35\n")
+
+    def make(command, out, **changes):
+        _, kind, rows, own = COMMANDS[command]
+        given = {"model": str(folder), "data": data[rows], "out": str(out), "steps": STEPS, "learning_rate": 1e-2}
+        if command == "grpo":
+            given |= {"reward": f"{reward}:length", "eval_data": data["held_out"]}
+        return kind(**given | {"checkpoint_every": 3, "log_every": 5} | own | changes)
+
+    return make
+
+
+def run(options):
+    return COMMANDS[type(options).__name__.lower()][0].run(options)
+
+
+def stopping_at(monkeypatch, step):
+    """As if a signal came in that step."""
+    monkeypatch.setattr(keeping, "stop", lambda options: lambda at: "SIGTERM" if at == step else None)
+
+
+@pytest.fixture(scope="module")
+def straight(options, tmp_path_factory):
+    """command -> the folder of a run that nothing stopped, made once."""
+    done = {}
+
+    def make(command):
+        if command not in done:
+            done[command] = tmp_path_factory.mktemp("straight") / "out"
+            run(options(command, done[command]))
+        return done[command]
+
+    return make
+
+
+def state_of(folder, step=STEPS):
+    """Every array of a checkpoint, by name."""
+    path = folder / "checkpoints" / str(step)
+    wanted = {}
+    for name, words in checkpoints.read_meta(path)["spec"].items():
+        kind, _, shape = words[:-1].partition("[")
+        kind = jax.random.key(0).dtype if kind.startswith("key") else np.dtype(kind)
+        wanted[name] = jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(",")))), kind)
+    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return {name: np.asarray(raw(x)) for name, x in checkpoints.restore(path, wanted).items()}
+
+
+def same_runs(one, two):
+    states = state_of(one), state_of(two)
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 20
+    for name, x in states[0].items():
+        np.testing.assert_array_equal(x, states[1][name], name)
+    for name in ("metrics.jsonl", *(["samples.jsonl"] if (one / "samples.jsonl").exists() else [])):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    weights = next(p.name for p in one.glob("*.safetensors"))
+    assert (one / weights).read_bytes() == (two / weights).read_bytes()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(options, straight, tmp_path, monkeypatch, command):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stopping_at(patched, LEFT_AT)
+        with pytest.raises(signals.Stopped) as raised:
+            run(options(command, out))
+    aside = tmp_path / "out.unfinished"
+    assert raised.value.left_in == aside and not out.exists()
+    assert checkpoints.complete(aside / "checkpoints") == [3, 6, LEFT_AT]
+    assert metrics.read(aside / "metrics.jsonl")[-1]["step"] == LEFT_AT
+    with open(aside / "metrics.jsonl", "a") as log:  # as of steps after the checkpoint, when a run is killed
+        log.write('{"stage": "x", "step": 8, "loss": 1.0}\n{"stage": "x", "st')
+    run(options(command, out, resume="auto"))
+    same_runs(straight(command), out)
+    assert not aside.exists() and checkpoints.complete(out / "checkpoints") == [LEFT_AT, 9, 12]
+    assert json.loads((out / "run.json").read_text())["resumed_from"] == LEFT_AT
+
+
+@pytest.fixture
+def stopped(options, straight, tmp_path):
+    """What a run leaves that was killed after its twelfth step: checkpoints 6, 9 and 12."""
+    whole = straight("sft")
+    aside = tmp_path / "out.unfinished"
+    aside.mkdir()
+    shutil.copytree(whole / "checkpoints", aside / "checkpoints")
+    for name in ("metrics.jsonl", "run.json"):
+        shutil.copy(whole / name, aside)
+    return aside
+
+
+def test_any_checkpoint_can_be_gone_on_from(options, straight, stopped, tmp_path):
+    run(options("sft", tmp_path / "out", resume="6"))
+    same_runs(straight("sft"), tmp_path / "out")
+
+
+def test_a_damaged_one_is_passed_over_by_name(options, straight, stopped, tmp_path, capsys):
+    for step, name in ((12, "default/_METADATA"), (9, "meta.json")):
+        file = stopped / "checkpoints" / str(step) / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    run(options("sft", tmp_path / "out", resume="auto"))
+    same_runs(straight("sft"), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "12 is damaged: default/_METADATA has other bytes" in said and "9 is damaged: meta.json has other" in said
+    assert "Goes on from the checkpoint of step 6" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"resume": "never"}, "has checkpoints of a run that was stopped; give --resume auto to go on, or --overwrite"),
+        ({"resume": "7"}, r"--resume 7: \S+ has checkpoints of the steps 6, 9, 12"),
+        ({"resume": "maybe"}, "--resume maybe: must be auto, never, or the step"),
+        ({"learning_rate": 1e-3}, r"--learning-rate was 0.01 in the run that the checkpoint is of, and is 0.001 now"),
+        ({"steps": 20}, "--steps was 12 .* is 20 now"),
+        ({"seed": 1}, "--seed was 0 .* is 1 now"),
+        ({"lora_rank": 2}, "--lora-rank was None .* is 2 now"),
+        ({"packing": True}, "--packing was False .* is True now"),
+        ({"data": "{other}/data.jsonl"}, r"--data \S+ is not what the run was begun with"),
+        ({"model": "{other}/wide"}, r"another state: params.embed is float32\[304,16\] there and float32\[304,24\]"),
+        ({"model": "{other}/tiny"}, r"--model \S+ is not what the run was begun with"),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_only_as_it_was_begun(options, stopped, folder, tmp_path, changes, said):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other / "tiny")
+    about = json.loads((folder / "config.json").read_text())
+    (other / "tiny/config.json").write_text(json.dumps(about | {"rope_theta": 5e5, "rms_norm_eps": 1e-4}))
+    if "wide" in str(changes):
+        config = dataclasses.replace(models.load(folder)[1], width=24)
+        models.save(other / "wide", models.init(config, jax.random.key(0)), config, common.open_model(folder).tokenizer)
+    lines = pathlib.Path(options("sft", tmp_path).data).read_text().splitlines(keepends=True)
+    (other / "data.jsonl").write_text("".join(reversed(lines)))
+    changes = {k: v.format(other=other) if isinstance(v, str) else v for k, v in changes.items()}
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(ValueError, match=said):
+        run(options("sft", tmp_path / "out", **{"resume": "auto"} | changes))
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_another_command_does_not_go_on_with_a_run(options, stopped, tmp_path):
+    with pytest.raises(ValueError, match="the checkpoint is of pt-jax sft, this is pt-jax dpo"):
+        run(options("dpo", tmp_path / "out", resume="auto"))
+
+
+def test_what_may_change_does(options, straight, stopped, tmp_path):
+    """Another mesh, other parts of a batch, another place for the data: the same to the rounding of float32."""
+    shutil.copy(options("sft", tmp_path).data, tmp_path / "moved.jsonl")
+    shutil.rmtree(stopped / "checkpoints/12")
+    changes = {"fsdp": 2, "microbatches": 1, "log_every": 1, "keep": 1, "data": str(tmp_path / "moved.jsonl")}
+    run(options("sft", tmp_path / "out", resume="auto", **changes))
+    for name, x in state_of(straight("sft")).items():
+        np.testing.assert_allclose(state_of(tmp_path / "out")[name], x, atol=1e-5, err_msg=name)
+    assert checkpoints.complete(tmp_path / "out/checkpoints") == [12]
+
+
+def test_beginning_anew_is_asked_for_and_leaves_nothing_of_the_old(options, straight, stopped, tmp_path):
+    (stopped / "checkpoints/99").mkdir()
+    run(options("sft", tmp_path / "out", overwrite=True, checkpoint_every=5))
+    records = metrics.read(tmp_path / "out/metrics.jsonl")
+    assert [r["step"] for r in records] == [*range(1, 13)]
+    assert checkpoints.complete(tmp_path / "out/checkpoints") == [5, 10]
+    assert not stopped.exists()
+
+
+def test_resume_without_a_checkpoint_begins(options, tmp_path):
+    run(options("sft", tmp_path / "out", resume="auto", checkpoint_every=None))
+    assert len(metrics.read(tmp_path / "out/metrics.jsonl")) == 12 and not (tmp_path / "out/checkpoints").exists()
+
+
+def test_checkpoints_that_are_kept(options, tmp_path):
+    changes = {"checkpoint_every": 2, "keep": 1, "keep_every": 4, "keep_best": "grad_norm"}
+    run(options("sft", tmp_path / "out", **changes))
+    of = {r["step"]: r["grad_norm"] for r in metrics.read(tmp_path / "out/metrics.jsonl") if r["step"] % 2 == 0}
+    kept = checkpoints.complete(tmp_path / "out/checkpoints")
+    assert set(kept) == {4, 8, 12, max(of, key=of.get)}
+    with pytest.raises(ValueError, match=r"--keep-best los: a checkpoint's step has no such metric; it has .*loss"):
+        run(options("sft", tmp_path / "new", keep_best="los"))
+
+
+def test_time_that_is_over_stops_as_a_signal_does(options, tmp_path):
+    with pytest.raises(signals.Stopped, match="time limit") as raised:
+        run(options("sft", tmp_path / "out", max_minutes=1e-9))
+    assert raised.value.code == 75 and raised.value.step == 0  # it was over before the first step
+
+
+@pytest.mark.parametrize("bad_steps", [1, 2])
+def test_a_batch_that_spoils_the_run_is_left_for_whoever_looks(options, tmp_path, monkeypatch, bad_steps):
+    make = sft_recipe.make_batch
+    made = []
+
+    def spoiled(examples, **how):
+        batch = make(examples, **how)
+        made.append(batch)
+        return batch | {"weights": batch["weights"] * np.float32(np.nan)} if len(made) > 4 else batch
+
+    monkeypatch.setattr(sft_recipe, "make_batch", spoiled)
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d is nan.*its batch is in \S+bad_step_\d.npz"):
+        run(options("sft", tmp_path / "out", bad_steps=bad_steps, checkpoint_every=1, log_every=1))
+    aside = tmp_path / "out.unfinished"
+    records = metrics.read(aside / "metrics.jsonl")
+    assert [r["skipped"] for r in records] == [0.0] * (len(records) - bad_steps) + [1.0] * bad_steps
+    with np.load(aside / f"bad_step_{len(records)}.npz") as left:
+        assert left["rows"].shape == (16,) and np.isnan(left["weights"]).all()
+        assert "Llama" in "".join(left["texts"])
+    last = checkpoints.complete(aside / "checkpoints")[-1]
+    for name, x in state_of(aside, last).items():
+        assert np.isfinite(x).all(), name
+
+
+def test_dropping_any_leaf_of_the_state_would_show(options, folder, tmp_path):
+    """Were one not saved, a resumed run would have what a fresh one has, or nothing."""
+    given = options("sft", tmp_path / "out")
+    model = common.open_model(folder)
+    fit = common.Fit(given, model, sft_recipe.make_loss(model.apply), 16)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 300, (6, 16, 8)).astype(np.int32)
+    mask = np.ones((16, 8), bool)
+
+    def on(state):
+        for step in range(int(state.step), 6):
+            weights = np.full((16, 8), np.nan if step == 2 else 1 / 128, np.float32)
+            batch = fit.place({"tokens": tokens[step], "seen": mask, "mask": mask, "weights": weights})
+            state, seen = fit.train_step(state, fit.frozen, batch)
+        return jax.device_get((jax.tree.map(raw, state), seen))
+
+    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    copy = lambda tree: jax.tree.map(lambda x: x.copy(), tree)
+    fresh, half = copy(fit.state), copy(fit.state)
+    for step in range(3):
+        weights = np.full((16, 8), np.nan if step == 2 else 1 / 128, np.float32)
+        batch = fit.place({"tokens": tokens[step], "seen": mask, "mask": mask, "weights": weights})
+        half, _ = fit.train_step(half, fit.frozen, batch)
+    equal = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    expected = on(copy(half))
+    assert equal(expected, on(copy(half)))
+    leaves, unsaved = specs.flat(half), specs.flat(fresh)
+    assert len(leaves) > 30
+    for name in leaves:
+        lost = copy(jax.random.key(9)) if name == "key" else unsaved[name].copy()
+        if name == "bad":  # the length of a row of bad steps, which a good one ends; test_loop.py goes on with it
+            assert int(leaves[name]) == 1 and int(lost) == 0
+            continue
+        other = specs.unflat(copy(leaves) | {name: jax.device_put(lost, leaves[name].sharding)}, half)
+        assert not equal(expected, on(other)), name
+
+
+class Sink:
+    name = "Sink"
+
+    def __init__(self, fails_at):
+        self.fails_at, self.lines, self.closed = fails_at, [], False
+
+    def log(self, step, stage, **values):
+        if step == self.fails_at:
+            raise ValueError("the network is gone")
+        self.lines.append((step, stage, values["loss"]))
+
+    def close(self):
+        self.closed = True
+        raise RuntimeError("nobody is there")
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_tracker_that_dies_is_one_warning_and_training_goes_on(options, tmp_path, monkeypatch, capsys, fails_at):
+    made = []
+
+    def opened(name, folder, config, after):
+        if fails_at == 0:
+            raise ConnectionError("no network")
+        made.append(Sink(fails_at))
+        return made[-1]
+
+    monkeypatch.setattr(sinks, "check", lambda names: None)
+    monkeypatch.setattr(sinks, "opened", opened)
+    run(options("sft", tmp_path / "out", track=("wandb",), checkpoint_every=None))
+    said = capsys.readouterr().out
+    if fails_at:
+        assert [line[0] for line in made[0].lines] == [1] and made[0].closed
+        assert said.count("Sink failed at step 2 and gets no more metrics: ValueError: the network is gone") == 1
+    else:
+        assert said.count("wandb could not be opened and gets no metrics: ConnectionError: no network") == 1
+    assert len(metrics.read(tmp_path / "out/metrics.jsonl")) == 12
+
+
+def test_a_tracker_that_is_not_installed_is_told_first(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"--track tensorboard needs tensorboardX; pip install 'pt_jax\[tensorboard\]'"
+    ):
+        run(options("sft", tmp_path / "out", track=("tensorboard",)))
+
+
+def test_a_profile_is_in_the_folder(options, tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: traced.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("end"))
+    run(options("sft", tmp_path / "out", profile=(2, 3), checkpoint_every=None))
+    assert traced == [str(tmp_path / "out.unfinished/profile"), "end"]
+    with pytest.raises(ValueError, match="--profile 1 3: needs 2 <= first <= last"):
+        run(options("sft", tmp_path / "new", profile=(1, 3)))
+
+
+@pytest.mark.parametrize("how", ["warn", "stop"])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on_or_stops(
+    options, tmp_path, monkeypatch, capsys, how
+):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.manifests, "write", full)
+    changes = {"checkpoint_every": 6, "on_save_error": how}
+    if how == "stop":
+        with pytest.raises(OSError, match=r"out.unfinished/checkpoints/6 was not written: No space left"):
+            run(options("sft", tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()
+    else:
+        run(options("sft", tmp_path / "out", **changes))
+        assert capsys.readouterr().out.count("was not written: No space left on device; it takes") == 2
+        assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_the_options_of_keeping_are_all_looked_at():
+    assert {f.name for f in dataclasses.fields(keeping.Keeping)} == {
+        "checkpoint_every", "keep", "keep_every", "keep_best", "resume", "on_save_error", "bad_steps", "max_minutes",
+        "profile", "track",
+    }  # fmt: skip
+    for name in ("checkpoint_every", "keep", "keep_every", "bad_steps", "max_minutes"):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be above 0, got 0"):
+            keeping.check(types.SimpleNamespace(**dataclasses.asdict(keeping.Keeping()) | {name: 0}))
+    assert loop.first_of()(3) is None
