@@ -1,5 +1,6 @@
 """``pt-jax <command>``: a record of options becomes the flags of a command."""
 
+import contextlib
 import functools
 import operator
 import os
@@ -7,12 +8,18 @@ import shlex
 import sys
 from typing import Annotated
 
+from pt_jax import signals
+
+TRAINING = ("sft", "dpo", "grpo")  # what is stopped by signals between two steps, and gone on with
+
 
 def main(argv=None) -> int:
     """Runs a command.
 
-    Bad input ends in one sentence on standard error and the exit code 2; an interruption in 130. Everything else that
-    goes wrong is a bug of this project or of the machine, and keeps its traceback.
+    Bad input, a run that diverges and a checkpoint that must be and cannot be written end in one sentence on standard
+    error and the exit code 2; an interruption in 130. A training command
+    that SIGTERM, Ctrl-C or --max-minutes stops ends in 75, which says: start me again with --resume auto. Everything
+    else that goes wrong is a bug of this project or of the machine, and keeps its traceback.
 
     Args:
       argv: the words after ``pt-jax``; those of the process when None.
@@ -20,6 +27,20 @@ def main(argv=None) -> int:
     Returns:
       The exit code.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        with signals.watched() if argv[:1] and argv[0] in TRAINING else contextlib.nullcontext():
+            return _run(argv)
+    except signals.Stopped as e:
+        said = f"stopped by {e.reason}; start it again with --resume auto to go on"
+        print(_sentence(said, e), file=sys.stderr)
+        return e.code
+    except KeyboardInterrupt as e:
+        print(_sentence("stopped", e), file=sys.stderr)
+        return 130
+
+
+def _run(argv) -> int:
     # transformers says on standard error that there is no torch; there is not meant to be
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
@@ -41,10 +62,7 @@ def main(argv=None) -> int:
     options = tyro.cli(either, prog="pt-jax", args=argv, description="Post-training of language models in pure JAX.")
     try:
         next(run for kind, run in commands.values() if type(options) is kind)(options)
-    except KeyboardInterrupt as e:
-        print(_sentence("stopped", e), file=sys.stderr)
-        return 130
-    except (ValueError, FloatingPointError) as e:
+    except (ValueError, FloatingPointError, OSError) as e:
         if not _raised_here(e):
             raise
         print(_sentence(e, e), file=sys.stderr)
