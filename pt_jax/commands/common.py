@@ -16,7 +16,7 @@ from pt_jax.commands import adapters, keeping, runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
-from pt_jax.training import init_state, loop, make_train_step, optimizers, schedules, sharding
+from pt_jax.training import init_state, loop, make_train_step, moments, optimizers, schedules, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,15 @@ class Training(keeping.Keeping):
       epochs: passes over the data.
       steps: updates; overrides epochs.
       microbatches: parts that a batch is worked through in, to save memory; changes no result.
-      learning_rate: the highest rate of AdamW.
+      optimizer: what takes the steps; AdamW's rates and decays carry over to adafactor and muon, lion's rates are 3 to
+        10 times lower.
+      schedule: how the rate falls after its rise: to 0 in a line or along a cosine, not at all, or over the last fifth
+        of the steps (wsd).
+      moments: type that the optimizer's large moments are kept in between two steps; 8 bits spare second moments, which
+        are bfloat16 then.
+      learning_rate: the highest rate.
       warmup: share of the steps over which the rate rises from 0.
-      weight_decay: of AdamW; norms are not decayed.
+      weight_decay: times the rate; norms are not decayed.
       clip: largest global norm of the gradient.
       seed: of everything random: the order of the rows and what is sampled.
       fsdp: devices that the weights are split over.
@@ -42,7 +48,7 @@ class Training(keeping.Keeping):
       overwrite: replace the folder at --out, if it holds a model.
       remat: what is kept of the forward pass for the backward pass: all of it, each layer's input, or results of matrix
         products. The rest is computed again, to save memory; changes no result.
-      dtype: that the model computes in; that of its weights when not given. What is trained is as it is stored.
+      dtype: that the model computes in; float32 when not given. What is trained is float32.
       lora_rank: train adapters of this rank beside the model's own weights, which stay as they are, and write a PEFT
         folder; all weights are trained when not given.
       lora_alpha: the adapters' scale is alpha / rank; 32 when not given.
@@ -60,6 +66,9 @@ class Training(keeping.Keeping):
     epochs: float = 1.0
     steps: int | None = None
     microbatches: int = 1
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     learning_rate: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -178,6 +187,16 @@ def check_options(options: Training, kinds, **inputs) -> list[dict]:
     return rows.read(options.data, kinds=kinds)
 
 
+STORED = {"float32": lambda optimizer: optimizer, "bfloat16": moments.in_bfloat16, "8bit": moments.in_8_bits}
+
+
+def optimizer_of(options: Training, steps: int):
+    """The optimiser that the options ask for."""
+    rate = getattr(schedules, options.schedule)(options.learning_rate, steps, warmup=options.warmup)
+    optimizer = getattr(optimizers, options.optimizer)(rate, weight_decay=options.weight_decay, clip=options.clip)
+    return STORED[options.moments](optimizer)
+
+
 class Fit:
     """The part of a training command that all share: optimiser, placement, steps, and the folder at the end.
 
@@ -200,8 +219,7 @@ class Fit:
                 f"{hold} devices and {parts} microbatches"
             )
         self.updates = self.steps * getattr(options, "updates", 1)
-        rate = schedules.linear(options.learning_rate, self.updates, warmup=options.warmup)
-        optimizer = optimizers.adamw(rate, weight_decay=options.weight_decay, clip=options.clip)
+        optimizer = optimizer_of(options, self.updates)
         self.how, self.frozen, trained = adapters.of(options), None, model.params
         key = jax.random.key(options.seed)
         if self.how is not None:

@@ -5,10 +5,14 @@ import json
 import math
 import pathlib
 import shutil
+import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from small_models import jit
 
 from pt_jax import models
 from pt_jax.commands import adapters, common, dpo, grpo, keeping, sft
@@ -78,7 +82,7 @@ def test_a_run_is_bitwise_repeatable(train, command):
 EFFECTS = {
     "sft": {
         "epochs": None, "steps": 1, "learning_rate": 1e-3, "warmup": 0.6, "weight_decay": 0.5, "clip": 0.01, "seed": 1,
-        "batch_size": 16, "mean": "sequence",
+        "batch_size": 16, "mean": "sequence", "optimizer": "lion", "schedule": "constant", "moments": "bfloat16",
     },
     "dpo": {"beta": 0.5, "label_smoothing": 0.2, "nll": 0.5, "batch_size": 16, "seed": 1},
     "grpo": {
@@ -93,6 +97,22 @@ def test_every_option_of_the_training_changes_the_model(train, command, option):
     value = EFFECTS[command][option]
     value, around = value if isinstance(value, tuple) else (value, {})
     assert not same(train(command, **around)[0], train(command, **around, **{option: value})[0])
+
+
+def test_every_optimizer_schedule_and_type_of_moments_is_another():
+    params = {"embed": jnp.ones((80, 60)), "layers": {"up": jnp.ones((1, 8, 8)), "norm": jnp.ones((1, 8))}}
+    slopes = lambda t: jax.tree.map(lambda x: np.float32(np.random.default_rng(t).normal(size=x.shape)), params)
+    seen = {}
+    choices = [{}] + [{option: value} for option in ("optimizer", "schedule", "moments")
+                      for value in typing.get_args(typing.get_type_hints(sft.SFT)[option])[1:]]  # fmt: skip
+    for choice in choices:
+        optimizer = common.optimizer_of(sft.SFT(model="", data="", out="", warmup=0.3, weight_decay=0.1, **choice), 10)
+        tree, state, update = params, optimizer.init(params), jit(optimizer.update)
+        for t in range(10):
+            updates, state = update(slopes(t), state, tree)
+            tree = optax.apply_updates(tree, updates)
+        seen[str(choice)] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    assert len({x.tobytes() for x in seen.values()}) == len(choices) == 10
 
 
 @pytest.mark.parametrize("option,value", [("clip_low", 0.0001), ("clip_high", 0.0001)])
