@@ -6,12 +6,14 @@ from pt_jax.models.config import Config, Execution
 from pt_jax.models.decoder import apply, bind, forward
 from pt_jax.models.huggingface import load, save
 from pt_jax.models.parameters import init
+from pt_jax.models.runs import by_layer
 
 __all__ = [
     "Config",
     "Execution",
     "apply",
     "bind",
+    "by_layer",
     "forward",
     "heads",
     "init",

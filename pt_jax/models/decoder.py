@@ -94,10 +94,10 @@ def _feed_forward(config, w, h, has_experts, route):
 def _finish(config, w, x, attended, has_experts, route):
     """The block after attention: output projection and feed-forward layer, each added to the stream."""
     out = lambda name, y: y if config.norms == "pre" else _norm(config, w, name, y)
-    x = x + out("attn_out_norm", _linear(attended, w, "wo"))
+    x = meshes.laid(x + out("attn_out_norm", _linear(attended, w, "wo")))
     h = x if config.norms == "post" else _norm(config, w, "mlp_norm", x)
     y, routing = _feed_forward(config, w, h, has_experts, route)
-    return x + out("mlp_out_norm", y), routing
+    return meshes.laid(x + out("mlp_out_norm", y)), routing
 
 
 def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, routes=None) -> Output:
@@ -162,7 +162,13 @@ def _through(config, params, x, of_layer, how, routes):
             rotation, look = of_layer(choice)
             return _finish(config, w, x, look(*_qkv(config, w, x, rotation)), run.has_experts, route)
 
-        x, routing = jax.lax.scan(_rematerialised(block, how), x, run.xs(config, params["layers"], routes))
+        block = _rematerialised(block, how)
+        if isinstance(params["layers"], tuple):
+            for xs in run.one_by_one(config, params["layers"], routes):
+                x, routing = block(x, xs)
+                routings.append(jax.tree.map(lambda x: x[None], routing))
+            continue
+        x, routing = jax.lax.scan(block, x, run.xs(config, params["layers"], routes))
         routings.append(routing)
     return x, _together(routings)
 
@@ -205,6 +211,11 @@ def _through_cache(config, params, x, cache, begun, name, routes):
 
     carry, routings = (x, caches.stacks(cache)), []
     for turns in runs.in_cache(config):
+        if isinstance(params["layers"], tuple):
+            for kind, layer in turns.one_by_one():
+                carry, routing = block(carry, layer, *kind)
+                routings.append(jax.tree.map(lambda x: x[None], routing))
+            continue
         kinds, layers = zip(*turns.runs)
         if turns.times == 1:
             carry, routing = turn(carry, jax.tree.map(lambda x: x[0], layers), kinds)
@@ -229,7 +240,8 @@ def _rematerialised(block, how):
 
 
 def _embedded(config, params, tokens, position, how):
-    x = linear.take(params["embed"], tokens)
+    table = params["embed"]
+    x = linear.take(table if isinstance(table, linear.Weight) else meshes.gathered_weight(table, "tensor"), tokens)
     if how.dtype is not None:
         x = x.astype(how.dtype)
     if config.embed_scale != 1:
@@ -237,7 +249,7 @@ def _embedded(config, params, tokens, position, how):
     if config.learned_positions:
         # behind the last of them a text has no meaning, and no number that looks like one
         x = x + params["positions"].astype(x.dtype).at[position].get(mode="fill", fill_value=jnp.nan)
-    return x
+    return meshes.laid(x)
 
 
 def _per_layer(config, position, length, look):
@@ -351,4 +363,6 @@ def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
     dtype = jnp.dtype(how.cache_dtype or how.dtype or "float32")
     init_cache = functools.partial(caches.init_cache, config, dtype=dtype)
+    if config.learned_positions:
+        init_cache.longest = config.max_length  # the sampler asks for it
     return Bound(functools.partial(apply, config, how=how), init_cache)
