@@ -9,7 +9,8 @@ NAMES = "all-gather|all-to-all|collective-permute|collective-broadcast|all-reduc
 def moved(program) -> collections.Counter:
     """(collective, type and shape of an array that comes out of it) -> how often it stands in the program."""
     out = collections.Counter()
-    for shapes, name in re.findall(rf"= ([^=]*?) ({NAMES})(?:-start)?\(", program.as_text()):
+    text = re.sub(r"/\*.*?\*/", "", program.as_text())
+    for shapes, name in re.findall(rf"= ([^=]*?) ({NAMES})(?:-start)?\(", text):
         for shape in re.findall(r"\w+\[[\d,]*\]", shapes):
             out[name, shape] += 1
     return out

@@ -16,6 +16,7 @@ import math
 
 import jax
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 NO_ROWS = ("tensor", "context")
 
@@ -47,6 +48,22 @@ def rows(count: int):
 def apart(length: int) -> bool:
     """Whether the tokens of rows of this length lie on several devices."""
     return size("context") > 1 and length % size("context") == 0
+
+
+def laid(x):
+    """Hidden states [B, T, ...] with rows and tokens on the devices that have them, and whole along all other axes.
+
+    Else the compiler may lay them as the weights lie, split along their width by ``fsdp``: then every device computes
+    a part of every row, and sums of hidden states travel instead of weights.
+    """
+    if not sizes():
+        return x
+    return jax.lax.with_sharding_constraint(x, P(rows(x.shape[0]), splits("context", x.shape[1])))
+
+
+def gathered_weight(w, axis: str):
+    """A matrix [axis, width] such as an embedding, put together from what ``fsdp`` splits."""
+    return jax.lax.with_sharding_constraint(w, P(splits(axis, w.shape[0]))) if sizes() else w
 
 
 def on_each(fn, in_specs, out_specs):

@@ -1,6 +1,8 @@
 """However many devices work on it and however the weights are split, a step is the same step."""
 
+import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -8,14 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from collectives import moved, numbers
 
 from pt_jax import models, weights
 from pt_jax.recipes import dpo, grpo, sft
 from pt_jax.training import init_state, make_train_step, sharding
 
-MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
-ROWS, COLUMNS, VOCAB = 16, 6, 24
-LENGTHS = np.array([5, 3, 0, 4, 1, 2, 5, 2, 1, 1, 5, 4, 0, 3, 2, 5])  # scored tokens; no two shards are alike
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "context": {"data": 2, "context": 4},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp, tensor, context": {"fsdp": 2, "tensor": 2, "context": 2},
+    "fsdp, expert": {"fsdp": 2, "expert": 4},
+    "tensor, context, expert": {"tensor": 2, "context": 2, "expert": 2},
+}
+ROWS, COLUMNS, VOCAB = 16, 8, 40
+LENGTHS = np.array([5, 3, 0, 4, 1, 2, 7, 2, 1, 1, 5, 4, 0, 3, 2, 5])  # scored tokens; no two shards are alike
 
 
 def toy(params, tokens, seen):
@@ -29,12 +41,20 @@ def toy(params, tokens, seen):
     return jnp.einsum("btd,vd->btv", x, params["embed"]), None
 
 
-# each tensor device has one of the key heads, and the two query heads that it serves
-SIZES = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "hidden": 16}
+# Each tensor device has one of the key heads, and the two query heads that it serves. No axis of a parameter, nor a
+# part of one, is as long as one of tokens: what travels between devices can be told by its shape.
+SIZES = {"layers": 2, "width": 24, "heads": 4, "kv_heads": 2, "head_width": 6, "hidden": 48}
 CONFIG = models.Config(vocab=VOCAB, **SIZES, qk_norm=False)
-LAYER = {"gate": (1, 16, 24), "up": (1, 16, 24), "down": (1, 24, 16)}
-TOY = {"embed": (VOCAB, 16), "norm": (16,), "layers": LAYER}
-MODELS = {"toy": (toy, TOY), "decoder": (models.bind(CONFIG).apply, models.parameters.shapes(CONFIG))}
+MIXTURE = dataclasses.replace(
+    CONFIG, experts=4, expert_hidden=20, experts_per_token=2, expert_layers=(False, True), shared_hidden=10
+)
+LAYER = {"gate": (1, 24, 48), "up": (1, 24, 48), "down": (1, 48, 24)}
+TOY = {"embed": (VOCAB, 24), "norm": (24,), "layers": LAYER}
+MODELS = {
+    "toy": (toy, TOY),
+    "decoder": (models.bind(CONFIG).apply, models.parameters.shapes(CONFIG)),
+    "experts": (models.bind(MIXTURE).apply, models.parameters.shapes(MIXTURE)),
+}
 
 
 def params_of(model):
@@ -88,25 +108,32 @@ OPTIMIZER = optax.chain(
 
 @functools.cache
 def run(model, method, mesh=None, microbatches=1):
-    """State and metrics after two steps, where the state belongs, and the text of the compiled program."""
+    """State and metrics after two steps, where the state belongs, and the compiled program."""
     loss_fn = MAKE[method](MODELS[model][0])
     state, batch = init_state(params_of(model), OPTIMIZER, jax.random.key(0)), batch_of(method)
     layout = None
     if mesh is not None:
-        mesh = sharding.make_mesh(*MESHES[mesh])
-        layout = sharding.by_name(state, mesh)
-        state, batch = jax.device_put(state, layout), jax.device_put(batch, sharding.rows(mesh))
+        mesh = sharding.make_mesh(**MESHES[mesh])
+        loss_fn, layout = sharding.within(mesh, loss_fn), sharding.by_name(state, mesh)
+        state, batch = sharding.place(state, layout), sharding.place(batch, sharding.of_batch(batch, mesh))
     step = make_train_step(loss_fn, OPTIMIZER, microbatches=microbatches, shardings=layout)
     program = step.lower(state, None, batch).compile({"xla_backend_optimization_level": 0})  # compiles sooner
     for _ in range(2):
         state, metrics = program(state, None, batch)
-    return state, metrics, layout, program.as_text()
+    return state, metrics, layout, program
 
 
+ALONE = ("data", "fsdp", "tensor", "context")
 CASES = [
-    *(("toy", method, mesh, 2) for method in MAKE for mesh in MESHES),
-    ("toy", "grpo", "2x2x2", 1),
-    *(("decoder", method, "2x2x2", 2) for method in MAKE),
+    *(("decoder", "sft", mesh, 2) for mesh in (*ALONE, "fsdp, tensor, context")),
+    ("decoder", "dpo", "fsdp, tensor, context", 2),
+    *(pytest.param(("decoder", "dpo", mesh, 2), marks=pytest.mark.slow) for mesh in ALONE),
+    ("decoder", "grpo", "data, fsdp, tensor", 2),
+    ("experts", "sft", "fsdp, expert", 2),
+    pytest.param(("experts", "dpo", "tensor, context, expert", 1), marks=pytest.mark.slow),
+    *(("toy", method, "data", 2) for method in MAKE),
+    ("toy", "grpo", "fsdp", 2),
+    ("toy", "grpo", "data, fsdp, tensor", 1),
 ]
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
@@ -115,11 +142,15 @@ EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str
 def test_a_step_on_eight_devices_is_that_of_one(case):
     expected, expected_metrics = run(*case[:2])[:2]
     got, metrics = run(*case)[:2]
-    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (expected.params, params_of(case[0]))))]
-    assert min(moved) > 1e-4
+    changed = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (expected.params, params_of(case[0]))))]
+    assert min(changed) > 1e-4
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, jax.device_get(got.params), jax.device_get(expected.params))
+    jax.tree.map(close, numbers_of(got), numbers_of(expected))
     jax.tree.map(close, jax.device_get(metrics), jax.device_get(expected_metrics))
+
+
+def numbers_of(state):
+    return jax.device_get((state.params, state.opt_state))
 
 
 @EVERY
@@ -128,19 +159,55 @@ def test_parameters_and_moments_are_still_split_after_a_step(case):
     state, _, layout, _ = run(*case)
     for (path, x), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout)):
         assert x.sharding.is_equivalent_to(want, x.ndim), path
-    _, fsdp, tensor = MESHES[case[2]]
-    layers = state.params["layers"]
-    tables = [state.params["embed"], *(layers[name] for name in layers.keys() & sharding.LAYOUT.keys())]
-    assert len(tables) == {"toy": 4, "decoder": 8}[case[0]]
-    shards = lambda x: [s.data.nbytes for s in x.addressable_shards if s.device == jax.devices()[3]]
-    assert sum(map(sum, map(shards, tables))) == sum(x.nbytes for x in tables) / (fsdp * tensor)
+        assert x.sharding.shard_shape(x.shape) == want.shard_shape(x.shape)
+
+
+def test_with_fsdp_each_of_eight_devices_has_an_eighth_of_parameters_and_moments():
+    """Of the compiled step: what it is given and gives back, and what it needs in between."""
+    state, _, layout, program = run("decoder", "sft", "fsdp", 2)
+    split = [x.nbytes for x, place in zip(*map(jax.tree.leaves, (state, layout))) if not place.is_fully_replicated]
+    whole = [x.nbytes for x, place in zip(*map(jax.tree.leaves, (state, layout))) if place.is_fully_replicated]
+    assert sum(whole) < 0.02 * sum(split)  # norms and counts
+    batch = sum(x.nbytes for x in jax.tree.leaves(batch_of("sft"))) / 8
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes == pytest.approx(sum(split) / 8 + sum(whole) + batch, rel=0.02)
+    assert memory.alias_size_in_bytes == pytest.approx(sum(split) / 8 + sum(whole), rel=0.02)  # updated in place
+
+
+def axes_of(shape):
+    return {int(n) for n in re.findall(r"\d+", shape[shape.index("[") :])}
+
+
+def test_what_travels_is_what_the_mesh_asks_for():
+    """Under data, gradients; under fsdp, weights and gradients; under tensor, sums of hidden states; under context,
+    keys and values. Rows and tokens of hidden states and logits stay where they are, forwards and backwards.
+    """
+    found = {mesh: moved(run("decoder", "sft", mesh, 2)[3]) for mesh in ALONE}
+    tokens = {COLUMNS, COLUMNS - 1, *(rows * t for rows in (8, 16) for t in (COLUMNS, COLUMNS - 1))}
+    kinds = {mesh: {name for name, shape in each if numbers(shape) > ROWS * COLUMNS} for mesh, each in found.items()}
+    assert kinds["data"] == {"all-reduce"}
+    assert {"all-gather"} < kinds["fsdp"] <= {"all-gather", "all-reduce", "reduce-scatter"}
+    for mesh in ("data", "fsdp"):
+        assert not [shape for _, shape in found[mesh] if axes_of(shape) & tokens and numbers(shape) > 1], mesh
+    layers = {name: x.shape[1:] for name, x in params_of("decoder")["layers"].items() if name in sharding.LAYOUT}
+    sizes = sorted(math.prod(shape) for shape in layers.values())
+    gathered = [numbers(shape) for name, shape in found["fsdp"].elements() if name == "all-gather"]
+    assert set(sizes) | {VOCAB * 24} == set(gathered)  # each matrix of a layer, and the embedding
+    # each once forwards and once backwards, and the embedding once for both of its uses, or for each
+    assert len(sizes) * 2 <= len(gathered) <= len(sizes) * 2 + 3
+    assert kinds["tensor"] == {"all-reduce"}
+    mine = 8 // 4 * COLUMNS * 24  # hidden states of a device's rows of a microbatch
+    assert mine in [numbers(shape) for name, shape in found["tensor"]]
+    keys, of_mine = (f"f32[4,{t},2,6]" for t in (COLUMNS, COLUMNS // 4))
+    assert {(name, shape) for name, shape in found["context"] if axes_of(shape) & tokens and shape[0] == "f"} == {
+        ("all-gather", keys)
+    }  # fmt: skip
+    assert found["context"]["all-gather", keys] == found["context"]["reduce-scatter", of_mine] == 2
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
 def test_rows_stay_on_the_device_that_has_them(method):
     """Rows dealt to microbatches in blocks are gathered by every device, which then does the work of all; the
-    result is the same. Under fsdp the ids do travel, to the devices that have their part of the embedding."""
-    program = run("toy", method, "8x1x1", 2)[3]
-    assert "all-reduce" in program  # of the gradient
-    moved = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
-    assert moved == []
+    result is the same."""
+    found = moved(run("toy", method, "data", 2)[3])
+    assert {name for name, _ in found} == {"all-reduce"}  # of the gradient
