@@ -45,7 +45,7 @@ def _run(argv) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
-    from pt_jax.commands import dpo, grpo, inspect, quickstart, replay, sft, talk
+    from pt_jax.commands import dpo, export, grpo, inspect, quickstart, replay, sft, talk
 
     commands = {
         "quickstart": (quickstart.Quickstart, quickstart.run),
@@ -55,6 +55,7 @@ def _run(argv) -> int:
         "generate": (talk.Generate, generated(talk.generate)),
         "chat": (talk.Chat, talk.chat),
         "inspect": (inspect.Inspect, inspect.run),
+        "export": (export.Export, trained(export.run)),
         "replay": (replay.Replay, replay.run),
     }
     named = (Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in commands.items())

@@ -349,13 +349,29 @@ class Fit:
                     f"{name} is not finite, so nothing is saved; a lower learning rate usually helps"
                 )
         with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
-            if self.how is None:
-                models.save(folder, trained, model.config, model.tokenizer)
-            elif self.options.fold:
-                full = models.quantize.dequantize(lora.fold(self.frozen[0], self.state.params, self.how))
-                models.save(folder, full, model.config, model.tokenizer)
-            else:
-                base = adapters.base_name(self.options.model)
-                peft.save(folder, trained, model.config, self.how, base=base, tokenizer=model.tokenizer)
+            write_model(folder, self.options, model, trained, None if self.how is None else self.frozen[0])
             for log in logs:
                 shutil.copy2(log, folder)
+            if logs:
+                runs.draw(folder)
+
+
+def write_model(folder, options: Training, model: Model, trained, base) -> None:
+    """What was trained as a folder that others read.
+
+    Args:
+      folder: to write into.
+      options: of the run.
+      model: that it started from.
+      trained: all weights, or adapters.
+      base: the weights that adapters are beside; None without them.
+    """
+    how = adapters.of(options)
+    if how is None:
+        models.save(folder, trained, model.config, model.tokenizer)
+    elif options.fold:
+        full = models.quantize.dequantize(lora.fold(base, trained, how))
+        models.save(folder, full, model.config, model.tokenizer)
+    else:
+        name = adapters.base_name(options.model)
+        peft.save(folder, trained, model.config, how, base=name, tokenizer=model.tokenizer)

@@ -12,7 +12,7 @@ import xxhash
 from pt_jax import checks, signals
 from pt_jax.commands import runs
 from pt_jax.tracking import sinks
-from pt_jax.training import checkpoints, loop, manifests, specs
+from pt_jax.training import checkpoints, distributed, loop, manifests, specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +132,11 @@ def check_options(meta: dict, options: Keeping) -> None:
             )
 
 
-def check_inputs(meta: dict, options: Keeping) -> None:
+def check_inputs(meta: dict, options: Keeping, names=INPUTS) -> None:
     """Fails with a sentence when the data or the model are not those that a run was begun with."""
     for name, before in meta["inputs"].items():
+        if name not in names:
+            continue
         path = getattr(options, name)
         if path is None or content(path) != before:
             raise ValueError(
@@ -158,7 +160,7 @@ def content(path) -> str:
 def stop(options: Keeping):
     """For ``loop.fit``: a signal, or the end of the time."""
     limit = () if options.max_minutes is None else (loop.time_limit(60 * options.max_minutes),)
-    return loop.first_of(lambda step: signals.asked(), *limit)
+    return distributed.agreed(loop.first_of(lambda step: signals.asked(), *limit))
 
 
 def leave_batch(error, batch, fit) -> None:

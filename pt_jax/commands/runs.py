@@ -10,7 +10,7 @@ import subprocess
 from importlib import metadata
 
 from pt_jax import folders
-from pt_jax.tracking import sinks
+from pt_jax.tracking import metrics, plots, sinks
 from pt_jax.tracking.metrics import JsonlLog
 from pt_jax.tracking.progress import Progress
 from pt_jax.tracking.tracker import Tracker
@@ -171,6 +171,18 @@ def stage(options, name: str, total: int, tracker=None, done: int | None = None)
         _hand_over(folder, pathlib.Path(options.out).resolve())
         with contextlib.suppress(OSError):  # somebody put something in
             folder.rmdir()
+
+
+def draw(folder) -> None:
+    """The curves of a run's metrics as curves.png, those of them that it has; without any, no picture."""
+    records, panels = metrics.read(folder / "metrics.jsonl"), []
+    for name in dict.fromkeys(record["stage"] for record in records):
+        known = {metric for record in records if record["stage"] == name for metric in record}
+        for panel in plots.PANELS.get(name, ()):
+            if has := tuple(metric for metric in panel.metrics if metric in known):
+                panels.append(dataclasses.replace(panel, metrics=has))
+    if panels:
+        plots.curves(records, folder / "curves.png", panels)
 
 
 def _hand_over(folder, out) -> None:

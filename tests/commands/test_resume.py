@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pt_jax import models, signals
-from pt_jax.commands import common, dpo, grpo, keeping, sft
+from pt_jax.commands import common, dpo, export, grpo, keeping, sft
+from pt_jax.models import lora, peft
 from pt_jax.recipes import sft as sft_recipe
 from pt_jax.tracking import metrics, sinks
 from pt_jax.training import checkpoints, loop, specs
@@ -118,6 +119,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(options, straight, tmp_p
         log.write('{"stage": "x", "step": 8, "loss": 1.0}\n{"stage": "x", "st')
     run(options(command, out, resume="auto"))
     same_runs(straight(command), out)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not aside.exists() and checkpoints.complete(out / "checkpoints") == [LEFT_AT, 9, 12]
     assert json.loads((out / "run.json").read_text())["resumed_from"] == LEFT_AT
 
@@ -376,3 +378,55 @@ def test_the_options_of_keeping_are_all_looked_at():
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be above 0, got 0"):
             keeping.check(types.SimpleNamespace(**dataclasses.asdict(keeping.Keeping()) | {name: 0}))
     assert loop.first_of()(3) is None
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_the_last_checkpoint_is_the_model_of_the_run(straight, tmp_path):
+    full = straight("sft")
+    export.run(export.Export(checkpoint=str(full / "checkpoints/12"), out=str(tmp_path / "last")))
+    export.run(export.Export(checkpoint=str(full), out=str(tmp_path / "newest")))
+    export.run(export.Export(checkpoint=str(full / "checkpoints/6"), out=str(tmp_path / "six")))
+    last, _ = models.load(full)
+    assert equal(last, models.load(tmp_path / "last")[0]) and equal(last, models.load(tmp_path / "newest")[0])
+    assert not equal(last, models.load(tmp_path / "six")[0])
+    assert common.open_model(tmp_path / "six").tokenizer is not None
+
+
+def test_adapters_become_a_peft_folder_or_are_folded(straight, folder, tmp_path):
+    adapted = straight("dpo")
+    export.run(export.Export(checkpoint=str(adapted), out=str(tmp_path / "peft")))
+    params, config = models.load(folder)
+    there, here = (peft.load(path, config, params) for path in (adapted, tmp_path / "peft"))
+    assert equal(there[0], here[0]) and there[1] == here[1]
+    export.run(export.Export(checkpoint=str(adapted), out=str(tmp_path / "folded"), fold=True))
+    assert equal(models.load(tmp_path / "folded")[0], jax.device_get(lora.fold(params, *there)))
+
+
+def test_a_run_that_was_stopped_is_exported_by_its_name(straight, tmp_path):
+    full = straight("sft")
+    shutil.copytree(full / "checkpoints", tmp_path / "out.unfinished/checkpoints")
+    export.run(export.Export(checkpoint=str(tmp_path / "out"), out=str(tmp_path / "model")))
+    assert equal(models.load(full)[0], models.load(tmp_path / "model")[0])
+
+
+def test_what_cannot_be_exported_is_told_and_nothing_is_written(straight, folder, tmp_path):
+    full = straight("sft")
+    broken = shutil.copytree(full / "checkpoints/6", tmp_path / "6")
+    (broken / "default/_METADATA").write_text("{}")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(folder, tmp_path / "wide")
+    (tmp_path / "wide/config.json").write_text((folder / "config.json").read_text().replace("1e-05", "1e-04") + " ")
+    for options, said in (
+        ({"checkpoint": str(broken)}, "is damaged: default/_METADATA has 2 bytes"),
+        ({"checkpoint": str(tmp_path / "other")}, "has no complete checkpoint; give the folder"),
+        ({"checkpoint": str(full), "fold": True}, "--fold: .* trained all weights"),
+        ({"checkpoint": str(full), "model": str(tmp_path / "wide")}, "--model .* is not what the run was begun with"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            export.run(export.Export(out=str(tmp_path / "new"), **options))
+    with pytest.raises(ValueError, match="would replace checkpoint"):
+        export.run(export.Export(checkpoint=str(full / "checkpoints/12"), out=str(full), overwrite=True))
+    assert not (tmp_path / "new").exists() and checkpoints.complete(full / "checkpoints") == [6, 9, 12]

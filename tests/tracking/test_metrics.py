@@ -107,3 +107,23 @@ def test_what_is_not_a_number_is_refused_and_leaves_no_line(path):
             with pytest.raises(ValueError, match=r"loss must be a number, got .*float\(\)"):
                 log.log(1, "sft", loss=value)
     assert path.read_bytes() == b""
+
+
+def test_a_file_that_goes_on_has_the_lines_of_one_that_was_never_cut(tmp_path):
+    straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
+    with JsonlLog(straight) as log:
+        for step in range(5):
+            log.log(step, "sft", loss=step / 3)
+    with JsonlLog(resumed) as log:
+        for step in range(4):
+            log.log(step, "sft", loss=step / 3)
+    with open(resumed, "ab") as file:
+        file.write(b'{"stage": "sft", "step": 1')  # cut short by a crash
+    with JsonlLog(resumed, after=2) as log:
+        for step in (3, 4):
+            log.log(step, "sft", loss=step / 3)
+    assert resumed.read_bytes() == straight.read_bytes()
+    with JsonlLog(tmp_path / "new.jsonl", after=3) as log:
+        log.log(4, "sft", loss=1.0)
+    assert len(read(tmp_path / "new.jsonl")) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "resumed.jsonl", "straight.jsonl"]

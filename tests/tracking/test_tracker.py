@@ -57,3 +57,48 @@ def test_a_warning_is_one_line_shown_and_kept_with_brackets_as_they_stand():
 def test_a_metric_may_not_take_the_name_of_the_step_or_the_stage(name):
     with Tracker().stage("sft", 1) as stage, pytest.raises(ValueError, match=rf"\['{name}'\].*rename"):
         stage.step(1, {name: 1.0})
+
+
+class Dying:
+    name = "Dying"
+
+    def __init__(self):
+        self.got = []
+
+    def log(self, step, stage, **metrics):
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        self.got.append(step)
+
+
+def test_a_log_that_fails_is_told_once_and_left_out_and_the_others_go_on(tmp_path):
+    dying = Dying()
+    with JsonlLog(tmp_path / "m.jsonl") as log:
+        tracker = Tracker(None, dying, log)
+        with tracker.stage("sft", 4) as stage:
+            for step in (1, 2, 3, 4):
+                stage.step(step, {"loss": 1.0})
+    assert dying.got == [1] and [r["step"] for r in read(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
+    assert tracker.warnings == [
+        "Dying failed at step 2 and gets no more metrics: OSError: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_metric_that_is_no_number_is_the_callers_mistake_and_not_the_logs():
+    with (
+        Tracker(None, Dying()).stage("sft", 1) as stage,
+        pytest.raises(ValueError, match="loss must be a number, got str"),
+    ):
+        stage.step(1, {"loss": "1.0"})
+
+
+def test_a_stage_that_goes_on_times_only_its_own_steps():
+    now = [0.0]
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=False, force_interactive=False)
+    progress = Progress({"sft": 1}, console=console, clock=lambda: now[0], interval=0)
+    with progress, Tracker(progress).stage("sft", 100, done=40) as stage:
+        now[0] = 10.0
+        stage.step(50, {"loss": 1.0})
+    lines = out.getvalue().splitlines()
+    assert "40/100" in lines[0] and "50/100  1.0 step/s" in lines[1] and "0:50 left" in lines[1]

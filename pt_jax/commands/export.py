@@ -1,0 +1,74 @@
+"""``pt-jax export``: any checkpoint of a run as a Hugging Face folder."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from tyro.conf import Positional
+
+from pt_jax import folders
+from pt_jax.commands import adapters, common, dpo, grpo, keeping, runs, sft
+from pt_jax.models import lora
+from pt_jax.training import checkpoints
+
+COMMANDS = {"sft": sft.SFT, "dpo": dpo.DPO, "grpo": grpo.GRPO}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes the model of a checkpoint as a folder such as the run itself leaves at its end.
+
+    Args:
+      checkpoint: its folder, such as OUT.unfinished/checkpoints/100; or that of a run, for the newest whole one.
+      out: folder for the model.
+      model: folder of the model that the run started from, where that is no longer where it was.
+      fold: write full weights with the adapters folded in, instead of a PEFT folder.
+      overwrite: replace the folder at --out, if it holds a model.
+    """
+
+    checkpoint: Positional[str]
+    out: str
+    model: str | None = None
+    fold: bool = False
+    overwrite: bool = False
+
+
+def run(options: Export) -> None:
+    """Reads, checks and writes; of the checkpoint, only what was trained."""
+    path = find(options.checkpoint)
+    meta = checkpoints.read_meta(path)
+    of_run = COMMANDS[meta["command"]](**_tuples(meta["options"]))
+    if options.fold and of_run.lora_rank is None:
+        raise ValueError(f"--fold: {path} is of a run that trained all weights")
+    of_run = dataclasses.replace(
+        of_run, model=options.model or of_run.model, out=options.out, fold=options.fold or of_run.fold
+    )
+    how = adapters.of(of_run)
+    runs.check_out(options.out, overwrite=options.overwrite, resume="auto", checkpoint=options.checkpoint)
+    keeping.check_inputs(meta, of_run, ("model",))
+    model = common.open_model(of_run.model, of_run.quantize)
+    shapes = jax.eval_shape(lambda p: p if how is None else lora.init(jax.random.key(0), p, how), model.params)
+    master = lambda x: jax.ShapeDtypeStruct(x.shape, np.promote_types(x.dtype, np.float32))  # as ``init_state``
+    trained = checkpoints.restore_part(path, {"params": jax.tree.map(master, shapes)})["params"]
+    with folders.appear_whole(options.out, overwrite=options.overwrite) as folder:
+        common.write_model(folder, of_run, model, jax.device_get(trained), model.params)
+
+
+def find(name: str) -> pathlib.Path:
+    """The folder of one checkpoint, whose files are what was written."""
+    path = pathlib.Path(name).resolve()
+    if (path / checkpoints.META).is_file():
+        checkpoints.check(path)
+        return path
+    for folder in (path / "checkpoints", path, path.with_name(f"{path.name}.unfinished") / "checkpoints"):
+        if checkpoints.complete(folder):
+            said = []
+            step = checkpoints.Checkpoints(folder, warn=said.append).newest()
+            return folder / str(step)
+    raise ValueError(f"{name}: has no complete checkpoint; give the folder of one, or of a run that has some")
+
+
+def _tuples(options: dict) -> dict:
+    """What JSON has made lists of."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
