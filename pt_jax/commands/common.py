@@ -18,6 +18,8 @@ from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
 from pt_jax.training import init_state, loop, make_train_step, moments, optimizers, schedules, sharding
 
+AXES = ("fsdp", "tensor", "context", "expert")  # of the mesh; data takes the devices that are left
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(keeping.Keeping):
@@ -44,6 +46,8 @@ class Training(keeping.Keeping):
       seed: of everything random: the order of the rows and what is sampled.
       fsdp: devices that the weights are split over.
       tensor: devices that heads, hidden units and the vocabulary are split over.
+      context: devices that the tokens of each row are split over, for long rows.
+      expert: devices that the experts of a mixture are split over.
       log_every: steps between two looks at the metrics; every step is logged.
       overwrite: replace the folder at --out, if it holds a model.
       remat: what is kept of the forward pass for the backward pass: all of it, each layer's input, or results of matrix
@@ -76,6 +80,8 @@ class Training(keeping.Keeping):
     seed: int = 0
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    expert: int = 1
     log_every: int = 10
     overwrite: bool = False
     remat: Literal["none", "layer", "dots"] = "none"
@@ -172,7 +178,7 @@ def check_options(options: Training, kinds, **inputs) -> list[dict]:
       kinds: of rows that it can use.
       **inputs: more files that it reads, option to path.
     """
-    counts = ("steps", "microbatches", "fsdp", "tensor", "log_every", "batch_size", "lora_rank", "lora_alpha")
+    counts = ("steps", "microbatches", *AXES, "log_every", "batch_size", "lora_rank", "lora_alpha")
     check_numbers(
         options, above_0=("epochs", "learning_rate", *counts), at_least_0=("weight_decay",), warmup=(0.0, 1.0),
         seed=(0, SEEDS),
@@ -207,11 +213,12 @@ class Fit:
     def __init__(self, options: Training, model: Model, loss_fn, count: int):
         self.options, self.model, self.count = options, model, count
         self.steps = options.steps or max(1, math.ceil(options.epochs * count / options.batch_size))
-        devices, split = jax.device_count(), options.fsdp * options.tensor
-        if devices % split:
-            raise ValueError(f"--fsdp {options.fsdp} x --tensor {options.tensor} does not divide {devices} devices")
-        self.mesh = sharding.make_mesh(devices // split, options.fsdp, options.tensor)
-        hold, parts = devices // options.tensor, options.microbatches
+        axes, devices = {name: getattr(options, name) for name in AXES}, jax.device_count()
+        if devices % math.prod(axes.values()):
+            given = " x ".join(f"--{name} {n}" for name, n in axes.items() if n > 1)
+            raise ValueError(f"{given} does not divide {devices} devices")
+        self.mesh = sharding.make_mesh(**axes)
+        hold, parts = devices // (options.tensor * options.context), options.microbatches
         self.parts = hold * parts  # that the rows of a batch are split into
         if options.batch_size % self.parts:
             raise ValueError(
@@ -223,14 +230,15 @@ class Fit:
         self.how, self.frozen, trained = adapters.of(options), None, model.params
         key = jax.random.key(options.seed)
         if self.how is not None:
-            self.frozen = jax.device_put(model.params, sharding.by_name(model.params, self.mesh)), None
+            self.frozen = sharding.place(model.params, sharding.by_name(model.params, self.mesh)), None
             own_key = jax.random.fold_in(key, SEEDS - 1)  # no step's
             trained = jax.jit(lora.init, static_argnums=2)(own_key, model.params, self.how)
             loss_fn = lora.adapted(loss_fn, self.how)
         state = init_state(trained, optimizer, key)
         layout = sharding.by_name(state, self.mesh)
-        self.state = jax.device_put(state, layout)
+        self.state = sharding.place(state, layout)
         self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
+        loss_fn = sharding.within(self.mesh, loss_fn)
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
 
     @property
@@ -247,8 +255,8 @@ class Fit:
         return jax.tree.map(lambda x: x.copy(), self.state.params) if self.how is None else self.frozen[0]
 
     def place(self, batch):
-        """A batch with its rows split over the mesh."""
-        return jax.device_put(batch, sharding.rows(self.mesh))
+        """A batch with its rows and tokens split over the mesh."""
+        return sharding.place(batch, sharding.of_batch(batch, self.mesh))
 
     def rows_of_step(self, step: int) -> np.ndarray:
         return batches.rows_of_step(self.count, self.options.batch_size, step, seed=self.options.seed)

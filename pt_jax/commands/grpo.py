@@ -20,6 +20,7 @@ from pt_jax.recipes.score import make_score
 from pt_jax.rewards import answers
 from pt_jax.sampling import Sampling, text
 from pt_jax.sampling.distribution import GREEDY
+from pt_jax.training import sharding
 
 REWARDS = {"number": answers.number, "exact": answers.exact}
 MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
@@ -85,7 +86,8 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     fit = common.Fit(options, model, loss_fn, len(rows))
     prompts = encode_prompts(model, rows, options.max_new_tokens)
     length = batches.bucket(max(map(len, prompts)))
-    sampler, score = model.sampler(options.max_new_tokens, how), make_score(model.apply, how)
+    sampler = model.sampler(options.max_new_tokens, how)
+    score = make_score(sharding.within(fit.mesh, model.apply), how)
     reference = fit.reference() if options.kl else None
     sample_key = jax.random.fold_in(jax.random.key(options.seed), 1)
     evaluate = Evaluation(model, held_out, reward, options.max_new_tokens)

@@ -49,7 +49,7 @@ class Keeping:
 
 # What a run may change when it goes on: no result of these, or no more than the rounding of float32
 MAY_CHANGE = (
-    "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "remat",
+    "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "context", "expert", "remat",
     *(field.name for field in dataclasses.fields(Keeping)),
 )  # fmt: skip
 INPUTS = ("model", "data", "eval_data")  # these are compared by what is in them, wherever it now lies

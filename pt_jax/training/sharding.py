@@ -195,7 +195,8 @@ def _rows(mesh):
 def of_batch(batch, mesh):
     """A sharding for every leaf of a training batch: rows over data, fsdp and expert, tokens over context.
 
-    The tokens of a row are the first axis after the rows that is as long as that of the batch's ``tokens``.
+    The tokens of a row are the first axis after the rows that is as long as that of the batch's ``tokens``; of a tree
+    without these, only rows are split.
 
     Args:
       batch: of a recipe, arrays or shapes.
@@ -207,11 +208,9 @@ def of_batch(batch, mesh):
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     length = next((x.shape[1] for path, x in leaves if getattr(path[-1], "key", None) == "tokens"), None)
     context = mesh.shape.get("context", 1)
-    if context > 1 and length is None:
-        raise ValueError("batch has no tokens, whose axis 1 is the one that context splits")
 
     def one(path, leaf):
-        at = next((i for i in range(1, leaf.ndim) if leaf.shape[i] == length), None) if context > 1 else None
+        at = next((i for i in range(1, leaf.ndim) if context > 1 and leaf.shape[i] == length), None)
         spec = P(_rows(mesh)) if at is None else P(_rows(mesh), *[None] * (at - 1), "context")
         for i, axis, what in ((0, spec[0], "rows"), *(() if at is None else ((at, "context", "tokens a row"),))):
             count = _size(mesh, axis)
@@ -283,8 +282,10 @@ def cache_within(mesh, init_cache):
         spec = _whole_where(CACHE.get(name, P()), leaf, mesh, lambda axis: True)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
+    @functools.wraps(init_cache)
     def told(*args, **kwargs):
-        return {name: split(name, leaf) for name, leaf in init_cache(*args, **kwargs).items()}
+        tree = init_cache(*args, **kwargs)
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: split(getattr(path[-1], "key", None), leaf), tree)
 
     return told
 

@@ -126,7 +126,9 @@ def test_epochs_are_passes_over_the_data(train, data):
     assert records[-1]["step"] == -(-2 * count // 8)
 
 
-@pytest.mark.parametrize("changes", [{"microbatches": 2, "batch_size": 16}, {"fsdp": 2}, {"fsdp": 4, "tensor": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"microbatches": 2, "batch_size": 16}, {"fsdp": 2}, {"fsdp": 2, "context": 4}, {"expert": 2}]
+)
 def test_how_the_work_is_split_changes_no_result(train, changes):
     plain = {"batch_size": changes["batch_size"]} if "batch_size" in changes else {}
     for a, b in zip(jax.tree.leaves(train("sft", **plain)[0]), jax.tree.leaves(train("sft", **changes)[0])):
@@ -215,7 +217,7 @@ BAD = {
     "seed": ("sft", {"seed": -1}, r"--seed must be in \[0, 4294967296\), got -1"),
     "microbatches": ("sft", {"microbatches": 3}, "--microbatches 3 does not divide --batch-size 8"),
     "batch": ("sft", {"batch_size": 4}, "--batch-size 4 must be a multiple of 8"),
-    "mesh": ("sft", {"fsdp": 3}, "--fsdp 3 x --tensor 1 does not divide 8 devices"),
+    "mesh": ("sft", {"fsdp": 3}, "--fsdp 3 does not divide 8 devices"),
     "heads": ("sft", {"tensor": 4}, "mesh axis tensor=4 does not divide axis 2 of params.layers.wk"),
     "long rows": ("sft", {"max_length": 5}, r"completion.jsonl:1: has \d+ tokens, the limit is 5"),
     "no length": ("sft", {"max_length": 0}, "--max-length must be above 0"),
@@ -378,7 +380,7 @@ def test_a_run_that_fails_saves_nothing_and_loses_nothing(folder, data, earlier,
 def test_the_options_that_are_not_above_are_known():
     """A new option must be put into one of the tests of this file."""
     elsewhere = {
-        "model", "data", "out", "overwrite", "epochs", "microbatches", "fsdp", "tensor", "log_every", "max_length",
+        "model", "data", "out", "overwrite", "epochs", "microbatches", "log_every", "max_length", *common.AXES,
         "clip_low", "clip_high", "eval_data", "eval_every", *EFFECTS["sft"],
         "lora_rank", *adapters.FLAGS,  # test_adapters.py
         "remat", "dtype", "packing",  # test_execution.py
