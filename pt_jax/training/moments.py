@@ -88,8 +88,9 @@ def in_8_bits(optimizer, *, least: int = LEAST):
     """An optimiser whose large float32 arrays are kept in 8 bits and a scale a row, second moments in bfloat16.
 
     AdamW's moments take 3 bytes a parameter instead of 8, those of Lion, Muon and momentum one instead of 4. A second
-    moment is what optax calls ``nu``. Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, have 8 bits for both, of
-    another code, rounded to the nearest. Arguments and result as ``in_bfloat16``.
+    moment is what optax calls ``nu``. While a step writes it, an array is there in float32 too. Dettmers et al. 2022,
+    https://arxiv.org/abs/2110.02861, have 8 bits for both, of another code, rounded to the nearest. Arguments and
+    result as ``in_bfloat16``.
     """
     return _stored(optimizer, Float8, least)
 
@@ -100,15 +101,13 @@ def _stored(optimizer, kind, least):
     is_stored = lambda x: isinstance(x, BFloat16 | Float8)
 
     def write(count, tree):
-        key = jax.random.fold_in(jax.random.key(0), count)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
 
         def one(i, path, x):
             if jnp.result_type(x) != jnp.float32 or jnp.size(x) < least:
                 return x
             second = any(getattr(entry, "name", None) == "nu" for entry in path)
-            draws = jax.random.uniform(jax.random.fold_in(key, i), x.shape)
-            return (BFloat16 if second else kind).of(x, draws)
+            return (BFloat16 if second else kind).of(x, _draws(x.shape, count, i))
 
         return treedef.unflatten([one(i, path, x) for i, (path, x) in enumerate(leaves)])
 
@@ -134,6 +133,26 @@ def _round(x, draws, *, digits, least):
       digits: of the mantissa that is kept.
       least: exponent below which the last digit stays where it is.
     """
-    exponent = jnp.clip(jnp.frexp(x)[1] - 1, least, None)
-    unit = jnp.ldexp(jnp.float32(1), exponent - digits)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    first = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # the power of two in x
+    unit = jnp.maximum(first * 2.0**-digits, 2.0 ** (least - digits))
     return jnp.sign(x) * jnp.floor(jnp.abs(x) / unit + draws) * unit
+
+
+def _draws(shape, count, leaf: int):
+    """Uniform numbers in [0, 1) for an array: hashes of the place of an entry, of the array and of the update.
+
+    They are computed where they are needed, entry by entry; those of ``jax.random`` would be arrays in float32 of the
+    size that is to be saved. The hash is lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/).
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, n in enumerate(shape):
+        place = place * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    seed = _hash(_hash(jnp.uint32(leaf)) + jnp.asarray(count).astype(jnp.uint32))
+    return (_hash(_hash(place) ^ seed) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _hash(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)

@@ -61,6 +61,17 @@ def test_what_the_format_has_stays_what_it_is(kind, unit):
     np.testing.assert_allclose(kind.of(once, draws(1)).read(), once, rtol=1e-6)
 
 
+def test_draws_are_uniform_and_share_nothing():
+    """Over the entries of an array, with those beside them, of another array and of the next update."""
+    draws = lambda count, leaf: np.asarray(moments._draws((3, 100, 200), jnp.int32(count), leaf)).astype(np.float64)
+    x = draws(5, 2)
+    assert x.min() >= 0 and x.max() < 1
+    counts = np.histogram(x, 64, (0, 1))[0]
+    assert ((counts - x.size / 64) ** 2 / (x.size / 64)).sum() < 110  # chi-squared of 63, one in 5000
+    for other in (draws(6, 2), draws(5, 3), np.roll(x, 1, 2), np.roll(x, 1, 1), np.roll(x, 1, 0), draws(2, 5)):
+        assert abs(np.corrcoef(x.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(x.size)
+
+
 PARAMS = {"w": jnp.zeros((64, 64)), "norm": jnp.zeros(64)}
 ADAM = optax.scale_by_adam(b2=0.999)
 
