@@ -6,8 +6,9 @@ from pt_jax.sampling.refill import sample_queue
 from pt_jax.sampling.search import beam_search, best_of
 from pt_jax.sampling.speculative import Draft, speculate
 from pt_jax.sampling.streaming import sample_until, stream
+from pt_jax.sampling.timings import Timings, timed
 
 __all__ = [
-    "Completions", "Draft", "Sampling", "beam_search", "best_of", "sample", "sample_queue", "sample_until",
-    "scored_logits", "speculate", "stream", "transform",
+    "Completions", "Draft", "Sampling", "Timings", "beam_search", "best_of", "sample", "sample_queue", "sample_until",
+    "scored_logits", "speculate", "stream", "timed", "transform",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from flax import struct
 from pt_jax import checks
 from pt_jax.sampling import asked, penalties
 from pt_jax.sampling.distribution import Sampling, draw, transform
+from pt_jax.sampling.timings import Timings
 
 CHUNK = 16  # steps between two looks at whether any row goes on
 GROWTH = 1.5  # of the cache, from room to room
@@ -35,6 +36,7 @@ class Completions:
       alternative_logps: [B, N, k] float32, of each of them, in nats; -inf where fewer tokens can be drawn at all.
       kept: leaves of the cache by name, those of ``keep``.
       stopped: [B] bool, whether a stop string ended the row; None where none was looked for.
+      timings: how long it took, of what comes in pieces and of ``timed``; else None.
     """
 
     tokens: jax.Array
@@ -46,6 +48,7 @@ class Completions:
     alternative_logps: jax.Array | None = None
     kept: dict[str, jax.Array] = struct.field(default_factory=dict)
     stopped: jax.Array | None = None
+    timings: Timings | None = None
 
     @property
     def reasons(self) -> list[str]:
@@ -178,7 +181,7 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     whole = read + chunk * -(-program.length // chunk)
     sized = partial(cache_of, program.init_cache, asked=prompts.shape[1] + program.length)
     shared = program.shared and read > 0 and takes_a_prefix(program.init_cache)
-    _check_keep(program, prompts.shape[1] + program.length, shared)
+    check_keep(program, prompts.shape[1] + program.length, shared)
     keys, prefix = row_keys(given.key, given.ids, program.group), None
     if shared:
         prefix = read_prompts(program, params, prompts, seen, sized)
@@ -198,8 +201,7 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     out = {name: x[: program.length].swapaxes(0, 1) for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
     cache = state.cache if prefix is None else _joined(prefix, state.cache, program)
-    as_asked = program.init_cache(rows, prompts.shape[1] + program.length)
-    kept = {name: fitted(cache[name], as_asked[name]) for name in program.keep}
+    kept = kept_of(program, cache, rows, prompts.shape[1] + program.length)
     return Completions(**out, ended=ended, kept=kept)
 
 
@@ -271,8 +273,8 @@ def going(state, given):
 
 
 def over(mask, x):
-    """[B], spelt out over x [B, ...]."""
-    return mask.reshape(-1, *(1,) * (x.ndim - 1))
+    """A mask of the first axes of x, spelt out over the others."""
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
 def spoken(logits, how, index, keys, wanted, history=None, alternatives=0) -> dict:
@@ -343,7 +345,7 @@ def _behind(apply, prefix, params, tokens, seen, cache):
     return logits, cache | {"prefix": None}
 
 
-def _check_keep(program, length, shared):
+def check_keep(program, length, shared):
     if not program.keep:
         return
     one, more = (jax.eval_shape(partial(program.init_cache, 1, length + n)) for n in (0, 1))
@@ -353,6 +355,12 @@ def _check_keep(program, length, shared):
             raise ValueError(f"keep names {name!r}, which is no array of the cache; those are {', '.join(arrays)}")
         if shared and sum(more[name].shape) - sum(one[name].shape) != 1:
             raise ValueError(f"keep names {name!r}, which has no slot for each token; give shared_prefix=False")
+
+
+def kept_of(program, cache, rows, tokens):
+    """The leaves to keep, with a slot for each of ``tokens``."""
+    as_asked = program.init_cache(rows, tokens)
+    return {name: fitted(cache[name], as_asked[name]) for name in program.keep}
 
 
 def _joined(prefix, cache, program):

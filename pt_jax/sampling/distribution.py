@@ -52,7 +52,7 @@ class Sampling:
     def check(self):
         """Fails with a sentence when a number that is known is out of range; returns itself."""
         rules = {
-            "temperature": (lambda x: x >= 0, "at least 0"),
+            "temperature": (lambda x: (x >= 0) & (x < np.inf), "at least 0 and finite"),
             "top_k": (lambda x: x >= 1, "at least 1"),
             "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1"),
             "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),

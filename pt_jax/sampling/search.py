@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.sampling import decode, penalties
+from pt_jax.sampling import asked, decode, penalties
 from pt_jax.sampling.decode import Completions
 from pt_jax.sampling.distribution import transform
 
@@ -93,6 +93,7 @@ def beam_search(
         prompts, seen, jax.random.key(0), apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=beams, how=how, prompt_ids=None, limits=None,
     )  # fmt: skip
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens)
     if np.ndim(given.how.temperature) == 0 and not isinstance(given.how.temperature, jax.core.Tracer):
         checks.positive("temperature", given.how.temperature)  # at 0 all but one continuation are impossible
     return _search(program, params, prompts, seen, given, jnp.float32(length_penalty))

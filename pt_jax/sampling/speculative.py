@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pt_jax import checks
 from pt_jax.models import cache as caches
-from pt_jax.sampling import decode, penalties
+from pt_jax.sampling import asked, decode, penalties
 from pt_jax.sampling.decode import Completions
 from pt_jax.sampling.distribution import NUMBERS, draw, transform
 
@@ -75,14 +75,22 @@ def speculate(
       ``Completions`` of P * G rows, those of ``sample``; and how often each row was read after its prompt, [P * G].
 
     Raises:
-      ValueError: as ``sample``; or ahead or match is below 1.
+      ValueError: as ``sample``; ahead or match is below 1; or the draft has another vocabulary.
     """
     checks.positive("ahead", ahead)
     checks.positive("match", match)
-    _, given = decode.prepared(
+    if forget is caches.forget:
+        for make in (init_cache,) if draft is None else (init_cache, draft.init_cache):
+            caches.check_forgetting(jax.eval_shape(partial(make, 1, 1)), ahead, "ahead")
+    program, given = decode.prepared(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits,
     )  # fmt: skip
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits)
+    if draft is not None:
+        mine, theirs = asked.vocabulary(program, params), asked.vocabulary(draft, draft.params)
+        if mine != theirs:
+            raise ValueError(f"draft knows {theirs} tokens and the model {mine}; they must have the same vocabulary")
     numbers = {name: getattr(given.how, name) for name in NUMBERS}
     of_rows = {name: x[:, :, None] for name, x in numbers.items() if x is not None and jnp.ndim(x)}
     given = given._replace(how=given.how.replace(**of_rows))
@@ -104,10 +112,7 @@ def _speculate(program, params, draft_params, prompts, seen, given):
         return jax.tree.map(lambda x: jnp.repeat(x, program.group, 0), cache)
 
     cache = prompt_read(program.apply, program.init_cache, params)
-    vocab = None
-    if penalties.asks(given.how):
-        one = jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool)
-        vocab = jax.eval_shape(partial(_read, program.apply), params, *one, cache)[0].shape[-1]
+    vocab = asked.vocabulary(program, params) if penalties.asks(given.how) else None
     state = _State(
         cache=cache, draft=prompt_read(*program.of_draft, draft_params) if program.of_draft else None,
         text=jnp.pad(repeat(prompts), ((0, 0), (0, N + K + 1))), logps=jnp.zeros((rows, N + K + 1)),

@@ -2,6 +2,7 @@
 
 The steps are those of ``sample``, and so are the tokens. A few steps at a time are one program, after which the host
 reads what was drawn, in one transfer. Rows that it has stopped are drawn on, as long as others go on, and not read.
+``timings`` are taken when tokens have come to the host anyway.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,36 +12,44 @@ import jax
 import numpy as np
 
 from pt_jax import checks
-from pt_jax.sampling import decode
+from pt_jax.sampling import asked, decode
 from pt_jax.sampling.decode import Completions
+from pt_jax.sampling.timings import Watch
+
+PER_TOKEN = ("tokens", "logps", "alive", "entropies", "alternatives", "alternative_logps")
 
 
 def stream(
     params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
-    limits=None, until: Callable[[list[int]], int | None] | None = None, chunk=8,
+    limits=None, forced=None, entropies=False, keep=(), alternatives=0,
+    until: Callable[[list[int], int], int | None] | None = None, chunk=8,
 ) -> Iterator[Completions]:  # fmt: skip
     """Samples as ``sample`` does, and yields every few tokens as soon as they are there.
 
     All that is yielded, side by side, is what ``sample`` returns, up to the step at which the last row ended.
 
     Args:
-      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits: as
-        ``sample``.
-      until: what is asked of every row that has new tokens, with all of its tokens so far: how many of them are the
-        completion if it is to stop there, None to go on. See ``text.stop_at``. Tokens after that are taken back.
+      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits,
+        forced, entropies, keep, alternatives: as ``sample``; what is kept of the cache comes with the last piece.
+      until: what is asked of every row that has new tokens, with all of its tokens so far, and how many of them it was
+        asked about before: how many are the completion if it is to stop there, None to go on. See ``text.stop_at``.
+        Tokens after that are taken back.
       chunk: steps between two looks, at most 16; no sample depends on it.
 
     Yields:
-      ``Completions`` in numpy, [B, chunk] each; ``ended`` and ``stopped`` [B] say what is so by now.
+      ``Completions`` in numpy, [B, chunk] each; ``ended`` and ``stopped`` [B] and ``timings`` say what is so by now.
 
     Raises:
       ValueError: as ``sample``; or chunk is out of range.
     """
     program, given = decode.prepared(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
-        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits,
+        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
+        entropies=entropies, keep=keep, alternatives=alternatives,
     )  # fmt: skip
     checks.between("chunk", chunk, 1, decode.CHUNK + 1)
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
+    decode.check_keep(program, np.shape(prompts)[1] + length, shared=False)
     return _chunks(program, given, params, prompts, seen, until, min(chunk, length))
 
 
@@ -55,34 +64,48 @@ def sample_until(params, prompts, seen, key, *, length, pad_token, **settings) -
       ``Completions`` of P * G rows and N columns, in numpy.
     """
     parts = list(stream(params, prompts, seen, key, length=length, pad_token=pad_token, **settings))
-    joined = {name: np.concatenate([getattr(x, name) for x in parts], 1) for name in ("tokens", "logps", "alive")}
-    filled = {name: np.pad(x, ((0, 0), (0, length - x.shape[1]))) for name, x in joined.items()}
+    last, names = parts[-1], [name for name in PER_TOKEN if getattr(parts[-1], name) is not None]
+    joined = {name: np.concatenate([getattr(x, name) for x in parts], 1) for name in names}
+    rest = length - joined["tokens"].shape[1]
+    filled = {name: np.pad(x, ((0, 0), (0, rest), *((0, 0),) * (x.ndim - 2))) for name, x in joined.items()}
     filled["tokens"] = np.where(filled["alive"], filled["tokens"], np.int32(pad_token))
-    return Completions(**filled, ended=parts[-1].ended, stopped=parts[-1].stopped)
+    return Completions(**filled, ended=last.ended, stopped=last.stopped, kept=last.kept, timings=last.timings)
 
 
 def _chunks(program, given, params, prompts, seen, until, chunk):
     """The generator behind ``stream``, whose arguments are checked before anybody asks for a token."""
+    watch = Watch()
+    try:
+        for part, tokens in _pieces(program, given, params, prompts, seen, until, chunk):
+            yield part.replace(timings=watch.read(tokens))
+    finally:
+        watch.stop()
+
+
+def _pieces(program, given, params, prompts, seen, until, chunk):
+    """What is yielded, and how many tokens there are so far."""
     read, rows = np.shape(prompts)[1] - 1, len(prompts) * program.group
-    whole, asked = read + chunk * -(-program.length // chunk), read + 1 + program.length
+    whole, for_tokens = read + chunk * -(-program.length // chunk), read + 1 + program.length
     rooms, room = iter(decode.rooms_of(read, whole, chunk)), read
-    state, keys = _begun(program, asked, params, prompts, seen, given)
-    texts, ended, stopped = [[] for _ in range(rows)], np.zeros(rows, bool), np.zeros(rows, bool)
-    ends, pad = jax.device_get((given.ends, given.pad))
+    state, keys = _begun(program, for_tokens, params, prompts, seen, given)
+    texts, ended, stopped, count = [[] for _ in range(rows)], np.zeros(rows, bool), np.zeros(rows, bool), 0
     for first in range(0, program.length, chunk):
         if read + first == room:
             room = next(rooms)
-            state = _grown(program, asked, room, state)
+            state = _grown(program, for_tokens, room, state)
         state, new, going = _advanced(program, chunk, params, given, keys, state)
-        new, going = jax.device_get((new, going))
-        new = {name: np.array(x.T[:, : program.length - first]) for name, x in new.items()}
+        new, going, ends, pad = jax.device_get((new, going, given.ends, given.pad))
+        new = {name: np.array(x.swapaxes(0, 1)[:, : program.length - first]) for name, x in new.items()}
         if until is not None:
             stopped = _stop(until, texts, new, stopped)
-        new["tokens"] = np.where(new["alive"], new["tokens"], pad)
-        new["logps"] = np.where(new["alive"], new["logps"], np.float32(0))
-        ended = ended | (new["alive"] & np.isin(new["tokens"], ends)).any(1)
-        yield Completions(**new, ended=ended, stopped=stopped)
-        if not (going & ~stopped).any():
+        alive = new["alive"]
+        new |= {name: np.where(decode.over(alive, x), x, x.dtype.type(0)) for name, x in new.items() if name != "alive"}
+        new["tokens"] = np.where(alive, new["tokens"], pad)
+        ended, count = ended | (alive & np.isin(new["tokens"], ends)).any(1), count + int(alive.sum())
+        last = first + chunk >= program.length or not (going & ~stopped).any()
+        kept = jax.device_get(_kept(program, for_tokens, state)) if last and program.keep else {}
+        yield Completions(**new, ended=ended, stopped=stopped, kept=kept), count
+        if last:
             return
 
 
@@ -93,11 +116,16 @@ def _stop(until, texts, new, stopped):
     for row in np.flatnonzero(new["alive"].any(1)):
         said, before = texts[row], len(texts[row])
         said.extend(new["tokens"][row, new["alive"][row]].tolist())
-        count = until(said)
+        count = until(said, before)
         if count is not None:
             new["alive"][row, max(count - before, 0) :] = False
             stopped[row] = True
     return stopped
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _kept(program, tokens, state):
+    return decode.kept_of(program, state.cache, len(state.alive), tokens)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -12,6 +12,8 @@ import numpy as np
 
 from pt_jax.data import batches
 
+MARGIN = 8  # characters and tokens: what may read otherwise where a text is cut off before
+
 
 def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
     """Token arrays of different lengths as the left-padded (prompts, seen), each [P, T], that ``sample`` takes.
@@ -41,24 +43,46 @@ def before(text: str, stop) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-def stop_at(tokenizer, stop) -> Callable[[list[int]], int | None]:
+def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
     """The ``until`` of ``stream``: how many of some tokens it takes until their text has one of the stop strings.
+
+    Of a text that was looked at before, only the end is decoded again: so much of it that a stop string that ends in
+    the new tokens would be in it whole. Where that begins within a character, more is decoded. What is found is looked
+    for once more in the whole text.
 
     Args:
       tokenizer: to decode with.
       stop: strings.
+
+    Returns:
+      A function of the tokens, and of how many of them are known to have no stop string; 0 unless given.
 
     Raises:
       ValueError: a stop string is empty, or it is one string instead of several.
     """
     if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
-    found = lambda tokens: any(s in tokenizer.batch_decode([tokens], skip_special_tokens=True)[0] for s in stop)
+    longest = max(map(len, stop), default=0)
+    decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
+    has = lambda text: any(s in text for s in stop)
+    found = lambda tokens: has(decoded(tokens))
 
-    def until(tokens):
-        if not found(tokens):
+    def recent(tokens, before):
+        back = longest + MARGIN
+        while back < before:
+            for first in range(before - back, max(before - back - 4, 0), -1):  # a character has up to four bytes
+                text = decoded(tokens[first:])
+                if "\ufffd" not in text.rstrip("\ufffd"):
+                    if len(decoded(tokens[first:before])) >= longest + MARGIN:
+                        return text
+                    break
+            back *= 2
+        return decoded(tokens)
+
+    def until(tokens, before=0):
+        if not has(recent(tokens, before)) or not found(tokens):
             return None
-        low, high = 0, len(tokens)  # not found in low tokens, found in high: text only grows
+        low, high = before, len(tokens)  # not found in low tokens, found in high: text only grows
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if found(tokens[:middle]) else (middle, high)

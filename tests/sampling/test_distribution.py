@@ -156,8 +156,8 @@ def test_numbers_may_be_arrays():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("temperature", -0.1, "at least 0"), ("temperature", np.nan, "at least 0"),
-        ("temperature", jnp.float32(-1), "at least 0"),
+        ("temperature", -0.1, "at least 0 and finite"), ("temperature", np.nan, "at least 0 and finite"),
+        ("temperature", jnp.float32(-1), "at least 0 and finite"), ("temperature", np.inf, "at least 0 and finite"),
         ("top_k", 0, "at least 1"), ("top_k", -1, "at least 1"),
         ("top_p", 0.0, "above 0 and at most 1"), ("top_p", 1.1, "above 0 and at most 1"),
         ("top_p", np.nan, "above 0 and at most 1"),

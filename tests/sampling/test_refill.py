@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample, sample_queue
+from pt_jax.sampling import Sampling, refill, sample, sample_queue
 
 CONFIG = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False)
 
@@ -62,6 +62,36 @@ def test_rings_are_read_by_positions(more):
     config = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, **more)
     model = {"params": weights(config), "apply": bind(config).apply, "init_cache": bind(config).init_cache}
     assert_same(ask(sample_queue, slots=3, **model), ask(sample, **model))
+
+
+@pytest.mark.parametrize(("slots", "more"), [(3, {}), (9, {"windows": (0, 4)})], ids=["all", "windows"])
+def test_a_ring_that_grows_and_a_few_slots_that_go_on_alone_change_nothing(monkeypatch, slots, more):
+    """Through four widths, each of which is turned several times over; with a limit and a temperature a row."""
+    monkeypatch.setattr(refill, "rooms_of", lambda read, columns, chunk: [read + 4, read + 9, read + 14, columns])
+    config = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, **more)
+    rows = {"limits": np.tile([N, 3, 17], 8)[: 2 * P], "how": Sampling(np.linspace(0, 1.5, 2 * P).astype(np.float32))}
+    model = {"params": weights(config), "apply": bind(config).apply, "init_cache": bind(config).init_cache}
+    expected = ask(sample, group=2, **rows, **model)
+    assert expected.alive.sum() > 4 * N and expected.alive.sum(1).max() == N
+    assert_same(ask(sample_queue, group=2, slots=slots, **rows, **model), expected)
+    jax.clear_caches()
+
+
+def test_the_ring_is_as_wide_as_its_texts_and_the_last_are_few():
+    """What is attended to at each step: [rows, columns]."""
+    seen = []
+
+    def apply(params, tokens, shown, cache):
+        if tokens.shape[1] == 1:
+            jax.debug.callback(lambda: seen.append((len(tokens), cache["v"].shape[3])))
+        return MODEL.apply(params, tokens, shown, cache)
+
+    limits = np.where(np.arange(P) == P - 1, 200, 4)  # one text is long, and it is the last
+    out = ask(sample_queue, slots=4, length=200, end_tokens=(-1,), limits=limits, apply=apply)
+    jax.effects_barrier()
+    assert out.alive.sum(1).tolist() == limits.tolist()
+    assert set(seen) == {(4, 70), (1, 206)} and seen == sorted(seen, reverse=True)
+    assert sum(rows == 4 for rows, _ in seen) <= 4 * 6
 
 
 def test_slots_are_filled_again_and_so_less_is_computed(plain):

@@ -66,7 +66,7 @@ def test_a_stream_comes_to_the_host_once_a_chunk(monkeypatch):
     real = jax.device_get
     monkeypatch.setattr(streaming.jax, "device_get", lambda x: fetched.append(1) or real(x))
     parts = list(ask(stream, chunk=8, limits=np.full(6, 17), end_tokens=(-1, -2)))
-    assert len(parts) == 3 and len(fetched) == 1 + len(parts)  # the end tokens and the pad token, once
+    assert len(parts) == 3 and len(fetched) == len(parts)
 
 
 def test_tokens_are_there_before_all_are_sampled():
@@ -86,8 +86,9 @@ def test_rows_that_are_stopped_keep_what_they_said_until_then(plain, chunk):
 
     over = []
 
-    def asked(tokens):
+    def asked(tokens, before):
         assert not any(tokens[: len(said)] == said for said in over), "a row that is over is asked again"
+        assert 0 < len(tokens) - before <= chunk
         count = until(tokens)
         over.extend([] if count is None else [tokens[:count]])
         return count
@@ -110,7 +111,7 @@ def test_rows_that_are_stopped_keep_what_they_said_until_then(plain, chunk):
 
 
 def test_when_all_rows_are_stopped_no_more_steps_are_taken():
-    parts = list(ask(stream, chunk=8, end_tokens=(-1, -2), until=lambda tokens: 1))
+    parts = list(ask(stream, chunk=8, end_tokens=(-1, -2), until=lambda tokens, before: 1))
     assert len(parts) == 1 and parts[0].alive.sum() == 6
 
 
@@ -215,6 +216,37 @@ def test_tokens_end_with_the_one_that_completes_the_stop_string(tokenizer, stop)
         count = until(tokens)
         has = lambda n, tokens=tokens: any(s in tokenizer.decode(tokens[:n]) for s in stop)
         assert count == next((n for n in range(len(tokens) + 1) if has(n)), None)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.count = tokenizer, 0
+
+    def batch_decode(self, rows, **how):
+        self.count += sum(map(len, rows))
+        return self.tokenizer.batch_decode(rows, **how)
+
+
+LONG = ("der Käse, die Soße 🐈‍⬛; the cat sat " * 4 + "日本語のテキスト、" * 4) * 12
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("stop", [("<stop>",), ("語の<", "t <stop>"), ("never",)], ids="+".join)
+def test_a_text_is_not_decoded_again_and_again_to_find_its_end(tokenizer, chunk, stop):
+    """A look at new tokens finds what a look at the whole finds, and decodes some of the last tokens."""
+    tokens = tokenizer(LONG + "t <stop> and on", add_special_tokens=False)["input_ids"]
+    counting = Counting(tokenizer)
+    until, whole = text.stop_at(counting, stop), text.stop_at(tokenizer, stop)(tokens)
+    got = None
+    for before in range(0, len(tokens), chunk):
+        counting.count = 0
+        got = until(tokens[: before + chunk], before)
+        if got is not None:
+            break
+        assert counting.count < 600 < len(tokens) / 4, "the whole text is decoded"
+    assert got == whole and (whole is None) == (stop == ("never",))
 
 
 def test_special_tokens_are_no_text(tokenizer):

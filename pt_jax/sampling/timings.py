@@ -1,0 +1,78 @@
+"""How long sampling took, by a clock of the host that starts no transfer and waits for nothing inside of a program."""
+
+import time
+
+import jax
+import numpy as np
+from flax import struct
+
+COMPILES = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+
+
+@struct.dataclass
+class Timings:
+    """Of one call.
+
+    A program does not say when it has read its prompts: only what comes in pieces (``stream``) has a first piece that
+    is earlier than the whole.
+
+    Args:
+      compiled: seconds in which programs were compiled; 0 when all were compiled before.
+      first: seconds until the first tokens were there, with what was compiled for them.
+      whole: seconds until all were.
+      tokens: how many were sampled, in all rows together.
+    """
+
+    compiled: float
+    first: float
+    whole: float
+    tokens: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, prompts read and nothing compiled.
+
+        >>> Timings(compiled=2.0, first=2.5, whole=4.0, tokens=100).rate
+        50.0
+        """
+        return self.tokens / (self.whole - self.compiled)
+
+
+class Watch:
+    """A clock that runs from when it is made, and knows how much of the time went into compiling."""
+
+    def __init__(self):
+        self.compiled, self.start, self.first = 0.0, time.perf_counter(), None
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, name, seconds, **_):
+        self.compiled += seconds if name in COMPILES else 0
+
+    def read(self, tokens: int) -> Timings:
+        """What it shows now; the first time is that of the first tokens."""
+        whole = time.perf_counter() - self.start
+        self.first = whole if self.first is None else self.first
+        return Timings(self.compiled, self.first, whole, tokens)
+
+    def stop(self):
+        """No longer listens for compilations."""
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+
+def timed(sampler, *arguments, **settings):
+    """The completions of a sampler and how long they took; it waits for them.
+
+    Args:
+      sampler: ``sample``, ``sample_queue``, ``sample_until``, or any function that returns ``Completions``.
+      *arguments, **settings: the sampler's.
+
+    Returns:
+      ``Completions`` with ``timings``.
+    """
+    watch = Watch()
+    try:
+        out = jax.block_until_ready(sampler(*arguments, **settings))
+        timings = watch.read(int(np.sum(out.alive)))
+    finally:
+        watch.stop()
+    return out if out.timings is not None else out.replace(timings=timings)
