@@ -62,8 +62,8 @@ def examine(path, adapter: lora.Adapter | None = None) -> dict:
     Returns:
       Fields of the config by name, and: ``files``; ``parameters``, ``active`` (that a token goes through) and
       ``embeddings``, numbers of parameters; ``disk``, bytes of the files by type; ``memory``, bytes of the parameters
-      by the type that they are loaded as; ``cache``, bytes that a token takes in the cache, by type; ``trained``,
-      numbers of parameters of the adapter by leaf.
+      by the type that they are loaded as; ``cache``, bytes that 1000 tokens take in the cache, by type;
+      ``trained``, numbers of parameters of the adapter by leaf.
 
     Raises:
       ValueError: the folder cannot be loaded, or a target of the adapter matches nothing.
@@ -85,7 +85,7 @@ def examine(path, adapter: lora.Adapter | None = None) -> dict:
         "embeddings": embeddings,
         "disk": _on_disk(tensors),
         "memory": _as_loaded(leaves),
-        "cache": {dtype: _cache(config, dtype) for dtype in ("float32", "bfloat16")},
+        "cache": {dtype: _cache(config, dtype) for dtype in ("float32", "bfloat16", "int8")},
     }  # fmt: skip
     if adapter is not None:
         new = jax.eval_shape(partial(lora.init, how=adapter), jax.random.key(0), _arrays(leaves, "float32"))
@@ -125,9 +125,9 @@ def _as_loaded(leaves):
 
 
 def _cache(config, dtype):
-    """Bytes that one more token takes in the cache."""
+    """Bytes that 1000 tokens take in the cache, of which layers with a window keep the last."""
     of = lambda length: _bytes(jax.eval_shape(lambda: init_cache(config, 1, length, np.dtype(dtype))))
-    return of(2) - of(1)
+    return of(1000) - of(0)
 
 
 def tables(name: str, found: dict) -> list:
@@ -135,7 +135,7 @@ def tables(name: str, found: dict) -> list:
     out = [table(name, ["of the model", ""], _facts(found))]
     rows = [[f"files, {dtype}", _size(size)] for dtype, size in found["disk"].items()]
     rows += [[f"loaded as {how}", _size(size)] for how, size in found["memory"].items()]
-    rows += [[f"cache of 1000 tokens, {dtype}", _size(1000 * size)] for dtype, size in found["cache"].items()]
+    rows += [[f"cache of 1000 tokens, {dtype}", _size(size)] for dtype, size in found["cache"].items()]
     out.append(table("memory", ["of", "bytes"], rows))
     if "trained" in found:
         total = sum(found["trained"].values())

@@ -3,12 +3,13 @@
 import dataclasses
 import sys
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
 from tyro.conf import Positional
 
-from pt_jax import checks
+from pt_jax import checks, models
 from pt_jax.commands import common
 from pt_jax.data import encode, rows, tokenizers
 from pt_jax.sampling import Sampling, sample, sample_until, stream, text
@@ -30,6 +31,7 @@ class Talking:
       frequency_penalty: taken off the logit of a token for each time that it is in the answer so far.
       presence_penalty: taken off the logits of all tokens that are in the answer so far.
       stop: texts that end an answer; it is cut off before them.
+      cache_dtype: type of the keys and values that are remembered; int8 takes least memory, and rounds most.
       seed: of the samples.
     """
 
@@ -42,6 +44,7 @@ class Talking:
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     stop: tuple[str, ...] = ()
+    cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     seed: int = 0
 
     def sampling(self) -> Sampling:
@@ -87,7 +90,7 @@ def generate(options: Generate) -> list[str]:
     how = options.sampling()
     checks.positive("--samples", options.samples)
     rows.check_characters(options.prompt, "--prompt")
-    model = common.open_model(options.model)
+    model = common.open_model(options.model, how=models.Execution(cache_dtype=options.cache_dtype))
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     tokens = encode.prompt(model.tokenizer, {"prompt": prompt, "source": "--prompt"})
     model.check_length(tokens, "--prompt", room=options.max_new_tokens)
@@ -113,7 +116,7 @@ def chat(options: Chat, ask=input) -> list[dict]:
     """Reads the user's turns with ``ask``, prints the answers as they come, and returns the conversation."""
     how = options.sampling()
     rows.check_characters(options.system or "", "--system")
-    model = common.open_model(options.model)
+    model = common.open_model(options.model, how=models.Execution(cache_dtype=options.cache_dtype))
     streamer = partial(stream, **_settings(model, options, how, chat=True))
     key = jax.random.key(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []

@@ -7,7 +7,8 @@
     end        int32, columns written so far; the next one is written to column end mod S
     room       [N, 0]: no numbers, but a first axis: how many tokens the cache is for, whatever S is now
     routes     [M, B, S, K] int32, which experts the M layers that have them chose; of a model with experts
-    near       k, v and position of the layers that see a window alone, in R columns: a ring of the last tokens
+    near       k, v and position of the layers that see a window alone, in R columns: a ring of the last tokens; and
+               slack [n, 0], how many columns may be forgotten
     prefix     None, or the cache of P rows that each stand in front of B / P rows, one after the other: the rows go on
                from there, and what they share is there once. It is read, and never written
 
@@ -66,6 +67,7 @@ def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32, *, sla
     if near:
         ring = min(length, max(config.windows) + slack)
         cache["near"] = of(near, ring) | {"position": jnp.full((rows, ring), -1, jnp.int32)}
+        cache["near"]["slack"] = jnp.zeros((slack, 0))
     if config.experts:
         shape = (sum(config.has_experts), rows, length, config.experts_per_token)
         cache["routes"] = jnp.zeros(shape, jnp.int32)
@@ -230,6 +232,21 @@ def _rounded(x):
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), -1) / 127
     return jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
+
+
+def check_forgetting(cache, columns: int, name: str) -> None:
+    """Fails where a cache cannot forget so many columns: its rings have lost what came before them.
+
+    Args:
+      cache: or its shapes.
+      columns: how many.
+      name: of what asks for it.
+    """
+    slack = len(cache["near"]["slack"]) if isinstance(cache, dict) and "near" in cache else columns
+    if columns > slack:
+        raise ValueError(
+            f"{name}={columns} for a cache whose rings forget {slack} at most; give init_cache more slack"
+        )
 
 
 def forget(cache, columns):

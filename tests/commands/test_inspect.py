@@ -65,7 +65,8 @@ def test_the_numbers_are_those_of_the_loaded_model(folder):
         memory[how.__name__] = size(models.load(folder, dtype="bfloat16", quantize=how)[0])
     assert found["memory"] == memory
     # keys and values of 3 layers, 2 heads, 16 wide; a position; two experts of two layers
-    assert found["cache"] == {"float32": 4 * 192 + 4 + 16, "bfloat16": 2 * 192 + 4 + 16}
+    numbers = {"float32": 4 * 192, "bfloat16": 2 * 192, "int8": 192 + 4 * 12}
+    assert found["cache"] == {dtype: 1000 * (size + 4 + 16) for dtype, size in numbers.items()}
 
 
 def test_of_the_experts_a_token_goes_through_some(folder):
@@ -96,7 +97,7 @@ def test_no_number_of_a_tensor_is_read(tmp_path, monkeypatch):
     found = inspect.run(inspect.Inspect(model=str(tmp_path / "llama"), lora_rank=16))
     assert found["parameters"] == 70_553_706_496  # Llama 3.1 70B
     assert found["disk"] == {"float16": 2 * found["parameters"]}
-    assert found["cache"]["bfloat16"] == 2 * 2 * 80 * 8 * 128 + 4
+    assert found["cache"]["bfloat16"] == 1000 * (2 * 2 * 80 * 8 * 128 + 4)
     assert sum(found["trained"].values()) == 207_093_760  # what PEFT says of rank 16 on all linear layers
 
 

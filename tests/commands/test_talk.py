@@ -36,6 +36,17 @@ def test_every_option_changes_what_is_said(folder, monkeypatch):
     assert len(seen[1]) > len(seen[0]) + 5
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", None])
+def test_the_cache_is_of_the_type_that_is_asked_for(folder, monkeypatch, dtype):
+    makers = []
+    note = lambda by, *args, **more: makers.append(by.keywords["init_cache"]) or []
+    for name in ("complete", "stream_texts"):
+        monkeypatch.setattr(talk.text, name, note)
+    generate(folder, cache_dtype=dtype)
+    talk.chat(talk.Chat(model=str(folder), cache_dtype=dtype), ask=asking("Who?", ""))
+    assert [make(1, 2)["k"].dtype for make in makers] == [dtype or "float32"] * 2
+
+
 def test_an_answer_ends_before_the_stop_string(folder):
     options = talk.Chat(model=str(folder), temperature=1.5, max_new_tokens=16)
     whole, again = (talk.chat(options, ask=asking("Who?", ""))[-1]["content"] for _ in range(2))
@@ -89,7 +100,7 @@ def test_a_turn_ends_with_the_token_that_ends_it_in_the_template(folder, monkeyp
     opened = dataclasses.replace(opened, config=dataclasses.replace(opened.config, end_tokens=(0,)))
     end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end not in opened.end_tokens
-    monkeypatch.setattr(talk.common, "open_model", lambda _: opened)
+    monkeypatch.setattr(talk.common, "open_model", lambda *_, **__: opened)
     monkeypatch.setattr(talk.text, "complete", lambda sampler, *a, **k: ends.append(sampler.keywords["end_tokens"]))
     monkeypatch.setattr(
         talk.text, "stream_texts", lambda s, *a, **k: ends.append(s.keywords["end_tokens"]) or iter([["x"]])

@@ -156,7 +156,12 @@ def test_a_cache_forgets_what_it_read_last():
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [({"ahead": 0}, "ahead must be above 0"), ({"match": 0}, "match must be")]
+    ("more", "message"),
+    [
+        ({"ahead": 0}, "ahead must be above 0"),
+        ({"match": 0}, "match must be"),
+        ({"ahead": 17}, "ahead=17 for a cache whose rings forget 16 at most; give init_cache more slack"),
+    ],
 )
 def test_bad_numbers_are_sentences(more, message):
     with pytest.raises(ValueError, match=message):
