@@ -16,7 +16,17 @@ from pt_jax.commands import adapters, keeping, runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
-from pt_jax.training import init_state, loop, make_train_step, moments, optimizers, schedules, sharding
+from pt_jax.training import (
+    capture,
+    init_state,
+    loop,
+    make_stages,
+    make_train_step,
+    moments,
+    optimizers,
+    schedules,
+    sharding,
+)
 
 AXES = ("fsdp", "tensor", "context", "expert")  # of the mesh; data takes the devices that are left
 
@@ -240,6 +250,12 @@ class Fit:
         self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
         loss_fn = sharding.within(self.mesh, loss_fn)
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
+        for update in options.capture:
+            checks.between("--capture", update, 0, self.updates)
+        if options.capture:
+            stages = jax.jit(make_stages(loss_fn, optimizer, microbatches=options.microbatches))
+            folder = runs.unfinished(options.out) / "steps"
+            self.train_step = capture.recording(self.train_step, stages, folder, options.capture)
 
     @property
     def params(self):

@@ -32,6 +32,7 @@ class Keeping:
         batch is left in OUT.unfinished.
       max_minutes: stop after so long as a signal would.
       profile: record the steps from the first of these numbers to the second for TensorBoard and Perfetto.
+      capture: updates (from 0) of which everything is put into the folder steps, for pt-jax replay.
       track: logs to write beside metrics.jsonl.
     """
 
@@ -44,6 +45,7 @@ class Keeping:
     bad_steps: int = 3
     max_minutes: float | None = None
     profile: tuple[int, int] | None = None
+    capture: tuple[int, ...] = ()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 

@@ -18,7 +18,7 @@ from pt_jax.training import checkpoints
 
 TRAINING = ("sft", "dpo", "grpo")
 LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
-KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile")  # and what some runs write
+KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile", "steps")  # and what some runs write
 
 
 def check_out(out, *, overwrite: bool, resume: str = "never", **inputs) -> None:

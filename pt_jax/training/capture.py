@@ -42,11 +42,11 @@ class Divergence(NamedTuple):
     what: str
 
 
-def record(folder, stages, state, frozen, batch) -> None:
+def record(folder, stages, state, frozen, batch, *, overwrite=False) -> None:
     """Does a step and puts all of it into a folder, which appears whole.
 
     Args:
-      folder: a new one.
+      folder: a new one, unless ``overwrite``.
       stages: of ``make_stages``, jitted.
       state: the state before the step; it is not consumed.
       frozen, batch: what the step takes beside it. The batch is a dict of arrays, or of such dicts.
@@ -55,7 +55,7 @@ def record(folder, stages, state, frozen, batch) -> None:
       ValueError: the folder is there already.
     """
     trees = _trees(stages, state, frozen, batch)
-    with folders.appear_whole(folder) as fresh:
+    with folders.appear_whole(folder, overwrite=overwrite) as fresh:
         noted = {stage: _written(fresh, stage, trees[stage]) for stage in STAGES}
         about = {"format": FORMAT, "step": int(state.step), "device": jax.devices()[0].device_kind}
         about |= {"versions": {"jax": jax.__version__, "numpy": np.__version__}, "stages": noted}
@@ -63,7 +63,7 @@ def record(folder, stages, state, frozen, batch) -> None:
 
 
 def recording(train_step, stages, folder, steps):
-    """A train step that records these steps (from 0) on its way, each in ``folder``/number.
+    """A train step that records these steps (from 0) on its way, each in ``folder``/number, which is replaced.
 
     Args:
       train_step: of ``make_train_step``.
@@ -80,9 +80,10 @@ def recording(train_step, stages, folder, steps):
         nonlocal at
         at = int(state.step) if at is None else at + 1  # to ask each time would make the device wait
         if at in steps:
-            record(pathlib.Path(folder) / str(at), stages, state, frozen, batch)
+            record(pathlib.Path(folder) / str(at), stages, state, frozen, batch, overwrite=True)
         return train_step(state, frozen, batch)
 
+    step.lower = train_step.lower
     return step
 
 

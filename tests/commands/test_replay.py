@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from pt_jax import cli
-from pt_jax.training import capture, init_state
-from pt_jax.training.step import make_stages
+from pt_jax.commands import sft
+from pt_jax.training import capture, init_state, make_stages
 
 SGD = optax.sgd(0.1)
 
@@ -46,3 +46,34 @@ def test_it_says_where_two_steps_part(steps, capsys, other, said):
 def test_a_folder_that_is_no_step_gets_a_sentence(steps, tmp_path, capsys):
     assert cli.main(["replay", str(steps / "a"), str(tmp_path)]) == 2
     assert "has no capture.json; give a folder that a step was recorded in" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def runs(folder, data, tmp_path_factory):
+    """Runs of two steps that are both recorded, at two rates."""
+    outs = []
+    for rate in (1e-2, 2e-2):
+        outs.append(tmp_path_factory.mktemp("runs") / "out")
+        sft.run(
+            sft.SFT(
+                model=str(folder), data=data["completion"], out=str(outs[-1]), steps=2, batch_size=8,
+                learning_rate=rate, capture=(0, 1),
+            )
+        )  # fmt: skip
+    return outs
+
+
+@pytest.mark.parametrize(("step", "stage"), [("0", "updates"), ("1", "before")])
+def test_two_runs_at_two_rates_part_at_their_first_update(runs, step, stage):
+    found = capture.compare(*(out / "steps" / step for out in runs))
+    assert {x.stage for x in found} == {stage}
+    assert not runs[0].with_name("out.unfinished").exists()
+
+
+def test_a_step_that_the_run_has_not_is_refused(folder, data, tmp_path):
+    options = sft.SFT(
+        model=str(folder), data=data["completion"], out=str(tmp_path / "out"), steps=2, batch_size=8, capture=(2,)
+    )
+    with pytest.raises(ValueError, match=r"--capture must be in \[0, 2\), got 2"):
+        sft.run(options)
+    assert list(tmp_path.iterdir()) == []

@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on_or_stop
 def test_the_options_of_keeping_are_all_looked_at():
     assert {f.name for f in dataclasses.fields(keeping.Keeping)} == {
         "checkpoint_every", "keep", "keep_every", "keep_best", "resume", "on_save_error", "bad_steps", "max_minutes",
-        "profile", "track",
+        "profile", "track", "capture",
     }  # fmt: skip
     for name in ("checkpoint_every", "keep", "keep_every", "bad_steps", "max_minutes"):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be above 0, got 0"):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.training import averages, capture, init_state, make_train_step, optimizers
-from pt_jax.training.step import make_stages
+from pt_jax.training import averages, capture, init_state, make_stages, make_train_step, optimizers
 
 ADAM = optimizers.adamw(0.1, weight_decay=0.1)
 PARAMS = {"embed": jnp.ones((4, 3)), "layers": {"w": jnp.full((3, 2), 0.5)}}
