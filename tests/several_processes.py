@@ -24,7 +24,7 @@ import optax  # noqa: E402
 
 from pt_jax import models, weights  # noqa: E402
 from pt_jax.recipes import sft  # noqa: E402
-from pt_jax.training import distributed, init_state, make_train_step, sharding  # noqa: E402
+from pt_jax.training import checkpoints, distributed, init_state, make_train_step, sharding  # noqa: E402
 
 CONFIG = models.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=24)
 HEARTBEAT = 4.0
@@ -84,6 +84,33 @@ def written(file, state):
         np.savez(file, **{tree.keystr(path): x for path, x in tree.tree_leaves_with_path(numbers)})
 
 
+def begin():
+    """Two steps, a checkpoint, and two more."""
+    mesh, _, state, step = prepared(fsdp=8)
+    state, losses = trained(state, step, mesh, (0, 2))
+    written(folder / f"saved{count}.npz", state)
+    with checkpoints.Checkpoints(folder / f"saved{count}") as saved:
+        saved.save(2, state)
+        state, more = trained(state, step, mesh, (2, 4))
+    said(losses=losses + more)
+    written(folder / f"straight{count}.npz", state)
+
+
+def go_on():
+    """From the checkpoint of however many processes, to the end."""
+    mesh, layout, state, step = prepared(fsdp=8)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+    for other in (1, 2):
+        with checkpoints.Checkpoints(folder / f"saved{other}") as saved:
+            number = saved.newest()
+            distributed.same(step=number)
+            state = saved.restore(number, like)
+        written(folder / f"read{other}by{count}.npz", state)
+        state, losses = trained(state, step, mesh, (number, 4))
+        said(of=other, number=number, losses=losses)
+        written(folder / f"of{other}on{count}.npz", state)
+
+
 def fault():
     """Sums over all devices until something happens to a process; the name of the folder says to which, and what."""
     who, kind = folder.name.split("-")
@@ -116,7 +143,7 @@ def same():
 
 
 if __name__ == "__main__":
-    do = {"train": train, "fault": fault, "same": same}[what]
+    do = {"train": train, "fault": fault, "same": same, "begin": begin, "go_on": go_on}[what]
     if count == 1:
         do()
     else:

@@ -81,6 +81,25 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoints_are_read_by_another_number_of_processes(tmp_path):
+    """What is read is what was written, to the last bit; the steps after it are those of the run that went on."""
+    for count in (1, 2):
+        run("begin", count, tmp_path)
+    (alone,), (first, second) = (run("go_on", count, tmp_path) for count in (1, 2))
+    assert first == second and [x["number"] for x in first + alone] == [2] * 4
+    numbers = lambda name: dict(np.load(tmp_path / f"{name}.npz"))
+    for of in (1, 2):
+        written, straight = numbers(f"saved{of}"), numbers(f"straight{of}")
+        for by in (1, 2):
+            read, resumed = numbers(f"read{of}by{by}"), numbers(f"of{of}on{by}")
+            assert read.keys() == written.keys()
+            for name in written:
+                np.testing.assert_array_equal(read[name], written[name])
+                exact = 0 if of == by else 1e-6
+                np.testing.assert_allclose(resumed[name], straight[name], rtol=0, atol=exact, err_msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["1-raise", "0-raise", "1-kill", "0-kill", "1-stop"])
 def test_a_process_that_fails_ends_all(tmp_path, case):
     """At once, or once it has been silent for a heartbeat; by default JAX lets the others wait for minutes."""
