@@ -16,6 +16,7 @@ from pt_jax.commands import adapters, keeping, runs
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora, peft
 from pt_jax.sampling import Sampling, sample
+from pt_jax.tracking import metrics
 from pt_jax.training import (
     capture,
     init_state,
@@ -341,6 +342,19 @@ class Fit:
                 if self.saved is not None:
                     keeping.leave_batch(e, (bad_batch or batch_of_step)(e.step), self)
                 raise
+
+    def records(self) -> list[dict]:
+        """What the run has logged so far, in earlier processes too; nothing where the log is another's."""
+        return [] if self.saved is None else metrics.read(runs.unfinished(self.options.out) / "metrics.jsonl")
+
+    def show(self, step: int, samples) -> None:
+        """Adds some samples of a step to samples.jsonl in the run's own folder, if it has one."""
+        if self.saved is None:
+            return
+        try:
+            metrics.append(runs.unfinished(self.options.out) / "samples.jsonl", step, samples)
+        except OSError as e:
+            self.tracker.warn(f"the samples of step {step} were not written: {e.strerror}")
 
     def compile(self, batch) -> None:
         """Compiles the train step for batches like this one, and prints what it took and takes."""

@@ -20,7 +20,7 @@ from pt_jax.recipes.score import make_score
 from pt_jax.rewards import answers
 from pt_jax.sampling import Sampling, text
 from pt_jax.sampling.distribution import GREEDY
-from pt_jax.training import sharding
+from pt_jax.training import loop, sharding
 
 REWARDS = {"number": answers.number, "exact": answers.exact}
 MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
@@ -46,6 +46,7 @@ class GRPO(common.Training):
       advantage: over the group's deviation, or only centred.
       eval_data: rows to answer greedily, for the metric eval_reward.
       eval_every: steps between two evaluations; also before the first step and after the last.
+      patience: end after so many evaluations in a row that were no better than the best before them.
     """
 
     learning_rate: float = 1e-5
@@ -63,16 +64,19 @@ class GRPO(common.Training):
     advantage: Literal["relative", "centred"] = "relative"
     eval_data: str | None = None
     eval_every: int = 10
+    patience: int | None = None
 
 
 def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     """Trains and saves; see ``sft.run``."""
     common.check_numbers(
-        options, above_0=("updates", "max_new_tokens", "eval_every", "temperature"), at_least_0=("kl", "clip_high"),
-        clip_low=(0.0, 1.0),
+        options, above_0=("updates", "max_new_tokens", "eval_every", "temperature", "patience"),
+        at_least_0=("kl", "clip_high"), clip_low=(0.0, 1.0),
     )  # fmt: skip
     if options.group < 2:
         raise ValueError(f"--group {options.group}: answers are compared within a group, so it needs at least 2")
+    if options.patience and not options.eval_data:
+        raise ValueError(f"--patience {options.patience} is of evaluations; give --eval-data")
     files = {"--eval-data": options.eval_data, "--reward": reward_file(options.reward)}
     rows = common.check_options(options, kinds=("question",), **files)
     held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
@@ -102,12 +106,15 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         texts = text.to_texts(model.tokenizer, out)
         verdicts = [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
         rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
+        source = rows[ids[0]]["source"]
+        shown = [{"source": source, "completion": t, "reward": v} for t, v in zip(texts[: options.group], verdicts)]
+        fit.show(step + 1, shown)
         batch = recipe.make_batch(
             tokens, seen, out, rewards, weigh=MEANS[options.mean], advantage=ADVANTAGES[options.advantage]
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
-    recent = collections.deque(maxlen=options.log_every)  # (step, batch), until it is known whether they were good
+    recent = collections.deque(maxlen=options.log_every + 1)  # (step, batch), until it is known whether they were good
 
     def sample_and_update(state, frozen, step):
         """All updates of a step of the loop, which is a rollout and counts as one."""
@@ -128,12 +135,22 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         metrics = {k: v for k, v in metrics.items() if v.ndim == 0}
         return state, metrics | {"skipped": skipped} | said
 
+    history = []  # of the evaluations
+
     def evaluation(step, state, metrics):
-        return evaluate(fit.params_of(state)) if step % options.eval_every == 0 or step == fit.steps else None
+        if step % options.eval_every and step != fit.steps:
+            return None
+        found = evaluate(fit.params_of(state))
+        history.append(found["eval_reward"])
+        if options.patience and loop.out_of_patience(history, options.patience, max):
+            raise loop.EndOfTraining(**found)
+        return found
 
     with fit.stage(stage, tracker) as (_, on, logs):
         if held_out and fit.done == 0:
             on.step(0, evaluate(fit.params))
+            history.append(on.latest["eval_reward"])
+        history += [record["eval_reward"] for record in fit.records() if "eval_reward" in record and fit.done]
         fit.run(
             lambda step: step, on, step=sample_and_update, callbacks=(evaluation,) if held_out else (),
             bad_batch=lambda step: dict(recent)[step],

@@ -102,6 +102,8 @@ def opened(folder, options, stages: dict, done: int | None = None):
     if done is None:
         for path in (*(folder / name for name in LOGS), *_kept(folder)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    else:
+        metrics.cut(folder / "samples.jsonl", done)
     (folder / "run.json").write_text(json.dumps(about(options) | {"resumed_from": done}, indent=2) + "\n")
     try:
         with (

@@ -84,6 +84,21 @@ def cut(path, step: int) -> None:
     fresh.replace(path)
 
 
+def append(path, step: int, records) -> None:
+    """Adds lines that are of a step, such as samples with their texts, to a file.
+
+    Args:
+      path: the file; made when it is not there.
+      step: of all of them; they can be ``cut``.
+      records: dicts of strings and numbers.
+    """
+    plain = lambda name, value: value if isinstance(value, str) else _written(name, value)
+    with open(path, "a") as file:
+        for record in records:
+            line = {"step": step} | {name: plain(name, value) for name, value in record.items()}
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
 def read(path) -> list[dict]:
     """The records of a file that ``JsonlLog`` wrote, in order.
 

@@ -21,7 +21,8 @@ def fit(
     """Trains from the state's step to ``steps``.
 
     The batch of a step is a function of the step's number, so a state is all that is needed to go on. Metrics stay on
-    the device until an interval is full: fetching them earlier would make the device wait for the host.
+    the device until an interval is full, and are fetched once the next step has been handed over: fetching them earlier
+    would make the device wait for the host.
 
     Args:
       state: a ``TrainState``; it is consumed.
@@ -68,10 +69,11 @@ def fit(
                 metrics = metrics | (callback(step, state, metrics) or {})
             except EndOfTraining as e:
                 metrics, ended = metrics | e.metrics, True
+        interval.report_full(state)
         interval.add(step, metrics)
         reason = stop(step) if step < steps else None  # what is done need not be stopped
         due = save is not None and save.due(step)
-        if due or reason or ended or step % log_every == 0 or step == steps:
+        if due or reason or ended or step == steps or (step % log_every == 0 and interval.close()):
             values = interval.report(state)
         if save is not None and (due or reason):
             save(step, state, values)
@@ -94,15 +96,27 @@ class _Interval:
     """Metrics that are still on the device."""
 
     def __init__(self, on_metrics, bad_steps, row):
-        self.on_metrics, self.bad_steps, self.row, self.waiting, self.names = on_metrics, bad_steps, row, [], []
+        self.on_metrics, self.bad_steps, self.row = on_metrics, bad_steps, row
+        self.waiting, self.names, self.full = [], [], False
 
     def add(self, step, metrics):
         scalars = {name: value for name, value in metrics.items() if getattr(value, "ndim", 0) == 0}
         self.waiting.append((step, [*scalars.values()]))
         self.names.append([*scalars])  # jax would sort them
 
+    def close(self) -> bool:
+        """It is full; whether what waits is there already, so that to fetch it keeps nobody waiting."""
+        self.full = not all(x.is_ready() for _, values in self.waiting for x in values if isinstance(x, jax.Array))
+        return not self.full
+
+    def report_full(self, state):
+        """Called once the step after a full interval has been handed over."""
+        if self.full:
+            self.report(state)
+
     def report(self, state) -> dict:
         """Fetches and hands on all that wait; gives those of the last step."""
+        self.full = False
         fetched, names, self.waiting, self.names = jax.device_get(self.waiting), self.names, [], []
         for (step, values), known in zip(fetched, names):
             metrics = dict(zip(known, values))

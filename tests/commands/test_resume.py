@@ -124,6 +124,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(options, straight, tmp_p
     assert json.loads((out / "run.json").read_text())["resumed_from"] == LEFT_AT
 
 
+def test_the_samples_of_a_run_can_be_read(straight):
+    lines = [json.loads(line) for line in (straight("grpo") / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step for step in range(1, STEPS + 1) for _ in range(2)]
+    assert all("question.jsonl:" in line["source"] and line["reward"] >= 0.35 for line in lines)
+    assert len({line["completion"] for line in lines}) > 3
+
+
+def test_patience_ends_a_run_and_is_as_long_in_a_run_that_was_stopped(options, tmp_path, monkeypatch):
+    found = iter((1.0, 3.0, 2.0, 2.5, 9.0, 2.5))  # before the first step, after 1, 2, 3 and what would follow
+    monkeypatch.setattr(grpo.Evaluation, "__call__", lambda self, params: {"eval_reward": next(found)})
+    changes = {"patience": 2, "eval_every": 1, "kl": 0.0, "updates": 1}
+    last = run(options("grpo", tmp_path / "out", **changes))
+    assert last["eval_reward"] == 2.5 and len(metrics.read(tmp_path / "out/metrics.jsonl")) == 4
+    found = iter((1.0, 3.0, 2.0))
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stopping_at(patched, 2)
+        run(options("grpo", tmp_path / "two", **changes))
+    found = iter((2.5, 9.0))
+    run(options("grpo", tmp_path / "two", resume="auto", **changes))
+    assert (tmp_path / "two/metrics.jsonl").read_bytes() == (tmp_path / "out/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--patience 2 is of evaluations; give --eval-data"):
+        run(options("grpo", tmp_path / "three", eval_data=None, **changes))
+
+
 @pytest.fixture
 def stopped(options, straight, tmp_path):
     """What a run leaves that was killed after its twelfth step: checkpoints 6, 9 and 12."""
@@ -255,6 +279,19 @@ def test_a_batch_that_spoils_the_run_is_left_for_whoever_looks(options, tmp_path
     last = checkpoints.complete(aside / "checkpoints")[-1]
     for name, x in state_of(aside, last).items():
         assert np.isfinite(x).all(), name
+
+
+def test_rewards_that_are_infinite_change_nothing_and_end_the_run(options, folder, tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text("def f(completion, row):\n    return float('inf') if completion else 0.0\n")
+    with pytest.raises(FloatingPointError, match=r"of step 2 is nan.*bad_step_2.npz"):
+        run(options("grpo", tmp_path / "out", reward=f"{reward}:f", kl=0.0, updates=1, bad_steps=2, checkpoint_every=1))
+    aside = tmp_path / "out.unfinished"
+    with np.load(aside / "bad_step_2.npz") as left:
+        assert not np.isfinite(left["advantages"]).all() and left["texts"].shape == (16,)
+    begun, _ = models.load(folder)
+    for name, x in specs.flat({"params": begun}).items():
+        np.testing.assert_array_equal(state_of(aside, 1)[name], x, name)
 
 
 def test_dropping_any_leaf_of_the_state_would_show(options, folder, tmp_path):

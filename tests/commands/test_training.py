@@ -384,7 +384,7 @@ def test_the_options_that_are_not_above_are_known():
         "clip_low", "clip_high", "eval_data", "eval_every", *EFFECTS["sft"],
         "lora_rank", *adapters.FLAGS,  # test_adapters.py
         "remat", "dtype", "packing",  # test_execution.py
-        *(f.name for f in dataclasses.fields(keeping.Keeping)),  # test_resume.py
+        *(f.name for f in dataclasses.fields(keeping.Keeping)), "patience",  # test_resume.py
     }  # fmt: skip
     for command, (_, kind, _) in COMMANDS.items():
         assert {f.name for f in dataclasses.fields(kind)} <= elsewhere | set(EFFECTS[command])

@@ -297,6 +297,12 @@ def megabytes(n):
     return {"x": jnp.asarray(np.random.default_rng(0).normal(size=n << 17))}  # float32 here: half a megabyte each
 
 
+def test_a_disk_that_is_read_only_is_told_at_the_start(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match=r"cannot be written .*Read-only file system"), Checkpoints(small_disk / "run"):
+        pytest.fail("it was entered")
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_full_disk_is_told_once_with_path_and_bytes_and_costs_no_earlier_checkpoint(small_disk, wait, capfd):
     folder, told = small_disk / "checkpoints", []

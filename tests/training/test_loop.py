@@ -257,3 +257,34 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
         calls.clear()
     with pytest.raises(ValueError, match="needs 2 <= first <= last"):
         loop.Profile(tmp_path, 1, 5)
+
+
+def test_metrics_that_are_not_there_yet_are_fetched_once_the_next_step_runs(monkeypatch):
+    """Else the device would wait for the host to make the next batch."""
+    handed, reported = [], []
+
+    def slow(state, frozen, batch):
+        handed.append(len(handed) + 1)
+        return STEP(state, frozen, batch)
+
+    monkeypatch.setattr(type(jnp.zeros(())), "is_ready", lambda self: False)
+    loop.fit(
+        new_state(), slow, batch_of_step, steps=7, log_every=3,
+        on_metrics=lambda step, _: reported.append((step, len(handed))),
+    )  # fmt: skip
+    assert reported == [(1, 4), (2, 4), (3, 4), (4, 7), (5, 7), (6, 7), (7, 7)]
+    monkeypatch.setattr(type(jnp.zeros(())), "is_ready", lambda self: True)
+    handed.clear(), reported.clear()
+    loop.fit(
+        new_state(), slow, batch_of_step, steps=7, log_every=3,
+        on_metrics=lambda step, _: reported.append((step, len(handed))),
+    )  # fmt: skip
+    assert reported == [(1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6), (7, 7)]
+
+
+@pytest.mark.slow
+def test_a_profile_can_be_opened(tmp_path):
+    profile = loop.Profile(tmp_path, 2, 3)
+    fit(new_state(), 4, callbacks=(profile,))
+    names = [p.name for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(name.endswith(".xplane.pb") for name in names) and "perfetto_trace.json.gz" in names
