@@ -60,6 +60,8 @@ LAYOUT = {
 CACHE = {
     "k": P(None, ROWS[0], "tensor"),
     "v": P(None, ROWS[0], "tensor"),
+    "k_scale": P(None, ROWS[0], "tensor"),
+    "v_scale": P(None, ROWS[0], "tensor"),
     "position": ROWS,
     "count": ROWS,
     "routes": P(None, ROWS[0]),
@@ -251,8 +253,10 @@ def within(mesh, fn):
     """``fn``, told of the mesh while it is traced, as ``jax.set_mesh`` would tell it.
 
     The models ask for it where the compiler alone would not split the work: attention by a kernel or over tokens that
-    lie on several devices, and mixtures of experts. The same arguments give the same function, so nothing is traced
-    twice.
+    lie on several devices, mixtures of experts, and weights that ``fsdp`` splits, which are then put together for each
+    product. A sampler is better off without, unless it has experts: where a step reads a token a row, sums of hidden
+    states are less to send than weights, and the compiler sends them. The same arguments give the same function, so
+    nothing is traced twice.
 
     Args:
       mesh: from ``make_mesh``.
@@ -263,29 +267,6 @@ def within(mesh, fn):
     def told(*args, **kwargs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return fn(*args, **kwargs)
-
-    return told
-
-
-@functools.cache
-def cache_within(mesh, init_cache):
-    """``init_cache`` of a model whose cache is split: rows as those of a batch, heads over tensor.
-
-    What does not divide is whole.
-
-    Args:
-      mesh: from ``make_mesh``.
-      init_cache: ``(rows, length) -> cache``; it is called under ``jax.jit``.
-    """
-
-    def split(name, leaf):
-        spec = _whole_where(CACHE.get(name, P()), leaf, mesh, lambda axis: True)
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
-
-    @functools.wraps(init_cache)
-    def told(*args, **kwargs):
-        tree = init_cache(*args, **kwargs)
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: split(getattr(path[-1], "key", None), leaf), tree)
 
     return told
 
