@@ -1,16 +1,22 @@
-"""How fast does the sampler draw tokens, against transformers' generate and the machine's own limits?
+"""How fast does the sampler draw tokens, against transformers' generate, Tunix's sampler and the machine's own limits?
 
     python benchmarks/sampling.py                                                   # 8 layers of width 256, float32
     python benchmarks/sampling.py --shape qwen3-1.7b --dtype bfloat16 --rows 1 32 256        # on a GPU
     python benchmarks/sampling.py --skewed --new 512                                # answers of very different lengths
+    python benchmarks/sampling.py --ways                                            # penalties, speculation, timings
 
 JSON lines: tokens a second at temperature 1 without an early end. The floor is the larger of two times a step: the
 bytes of the weights and of the cache's mean length at the measured bandwidth, and the operations of the products at the
-rate that a large product reaches, both in the same process. Each side runs in a process of its own, in turns.
+rate that a large product reaches, both in the same process. Each side runs in a process of its own, in turns; a side
+that does not run is left out.
 
 ``--skewed``: useful tokens a second where one token in new / 8 ends an answer, so that lengths are geometric with a
 mean of an eighth of the limit: eight batches of ``sample``, one after the other, each until its last row ends, and the
 same prompts through as many slots of ``sample_queue``, which gives the same answers.
+
+``--ways``: tokens a second of the same rows in other ways, each against plain sampling: with all penalties, with the
+eight likeliest tokens of each position, through ``sample_until``; and greedy by ``speculate``, with the prompt repeated
+so that it has something to look up, against greedy by ``sample``.
 """
 
 import argparse
@@ -18,6 +24,8 @@ import json
 
 import numpy as np
 from models import SHAPES, timed
+
+SIDES = ("ours", "torch", "tunix")
 
 
 def options():
@@ -28,8 +36,9 @@ def options():
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--skewed", action="store_true", help="answers of different lengths: refilled slots")
+    parser.add_argument("--ways", action="store_true", help="penalties, alternatives, pieces, speculation")
     parser.add_argument("--turns", type=int, default=2, help="of each side")
-    parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -104,6 +113,71 @@ def skewed(ask, rows) -> dict:
     return {"plain": useful / seconds[plain], "refilled": useful / seconds[refilled], "mean_length": useful / count}
 
 
+def ways(ask, rows) -> dict:
+    """Tokens a second of each way, and of what it is compared with."""
+    import jax
+    from models import config_of
+
+    from pt_jax import models
+    from pt_jax.sampling import Sampling, sample, sample_until, speculate
+
+    ask.length = ask.prompt + ask.new
+    config = config_of(ask)
+    params, bound = models.init(config, jax.random.key(0)), models.bind(config)
+    prompts = prompts_of(ask, rows)
+    seen, key = np.ones(prompts.shape, bool), jax.random.key(0)
+    settings = {"apply": bound.apply, "init_cache": bound.init_cache, "length": ask.new, "pad_token": 0}
+    settings["end_tokens"] = ()
+    penalties = Sampling(repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1)
+    run = lambda by, prompts=prompts, **more: lambda: by(params, prompts, seen, key, **settings | more)
+    plain, again = run(sample), np.tile(prompts[:, : ask.prompt // 4], 4)
+    greedy = run(sample, again, how=Sampling(0.0))
+    each = {
+        "penalties": (run(sample, how=penalties), plain), "alternatives": (run(sample, alternatives=8), plain),
+        "pieces": (run(sample_until), plain), "look_up": (run(speculate, again, how=Sampling(0.0)), greedy),
+    }  # fmt: skip
+    seconds = lambda run: timed(run, jax.block_until_ready)[1]
+    return {name: [rows * ask.new / seconds(run) for run in both] for name, both in each.items()}
+
+
+def of_tunix(ask, rows) -> dict:
+    """Its Qwen3 and its sampler, with a cache for prompt and answer, at temperature 1 by its own drawing."""
+    import jax.numpy as jnp
+    from flax import nnx
+    from tunix.generate import sampler as tunix
+    from tunix.models.qwen3 import model as qwen3
+
+    vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
+    dtype = jnp.dtype(ask.dtype)
+    config = qwen3.ModelConfig(
+        num_layers=layers, vocab_size=vocab, embed_dim=width, hidden_dim=hidden, num_heads=heads, head_dim=head,
+        num_kv_heads=kv_heads, rope_theta=1_000_000, norm_eps=1e-6, use_tied_embedding=tied, dtype=dtype,
+        param_dtype=dtype,
+    )  # fmt: skip
+
+    class Numbers:
+        """A tokenizer of texts that are numbers, with an end that never comes."""
+
+        encode = staticmethod(lambda text, **_: [int(x) for x in text.split()])
+        decode = staticmethod(lambda ids, **_: " ".join(map(str, ids)))
+        bos_id, eos_id, pad_id = (staticmethod(lambda x=x: x) for x in (1, vocab + 1, 0))
+
+    sampler = tunix.Sampler(
+        qwen3.Qwen3(config, rngs=nnx.Rngs(0)), Numbers(),
+        tunix.CacheConfig(ask.prompt + ask.new, layers, kv_heads, head),
+    )  # fmt: skip
+    # it puts a first token in front, and takes 0 for padding
+    texts = [" ".join(map(str, row)) for row in np.maximum(prompts_of(ask, rows)[:, 1:], 2)]
+
+    def run():
+        return sampler(
+            texts, ask.new, max_prompt_length=ask.prompt, temperature=1.0, top_p=1.0, seed=0, pad_output=True
+        )
+
+    assert np.shape(run().tokens) == (rows, ask.new)
+    return {"rate": rows * ask.new / timed(run)[1]}
+
+
 def of_torch(ask, rows) -> dict:
     import torch
     import transformers
@@ -138,7 +212,7 @@ def turn(ask, side, rows) -> dict | None:
 def main():
     ask = options()
     if ask.side:
-        print(json.dumps((ours if ask.side == "ours" else of_torch)(ask, ask.rows[0])))
+        print(json.dumps(dict(zip(SIDES, (ours, of_torch, of_tunix)))[ask.side](ask, ask.rows[0])))
         return
     import jax
 
@@ -151,14 +225,20 @@ def main():
             line |= {"vs_sample": round(out["refilled"] / out["plain"], 2), "mean_length": round(out["mean_length"], 1)}
             print(json.dumps(line | about))
             continue
-        turns = [{side: turn(ask, side, rows) for side in ("ours", "torch")} for _ in range(ask.turns)]
-        mine, theirs = ([t[side] for t in turns if t[side]] for side in ("ours", "torch"))
+        if ask.ways:
+            for name, (rate, plain) in ways(ask, rows).items():
+                line = {"name": f"sampling/{name}", "value": round(rate, 1), "unit": "tokens/s"}
+                print(json.dumps(line | {"vs_sample": round(rate / plain, 2)} | about))
+            continue
+        turns = [{side: turn(ask, side, rows) for side in SIDES} for _ in range(ask.turns)]
+        mine, *theirs = ([t[side] for t in turns if t[side]] for side in SIDES)
         best = max(mine, key=lambda t: t["rate"])
         line = {"name": "sampling/sample", "value": round(best["rate"], 1), "unit": "tokens/s"}
         floor = max(t["floor"] for t in mine)
         line |= {"floor": round(floor, 1), "share_of_floor": round(best["rate"] / floor, 3)}
-        if theirs:
-            line["vs_transformers"] = round(best["rate"] / max(t["rate"] for t in theirs), 2)
+        for name, runs in zip(("transformers", "tunix"), theirs):
+            if runs:
+                line[f"vs_{name}"] = round(best["rate"] / max(t["rate"] for t in runs), 2)
         line |= {
             "share_of_bandwidth": round(best["read_share"], 3),
             "compile_s": round(min(t["compile"] for t in mine), 2),
