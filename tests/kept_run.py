@@ -1,6 +1,6 @@
 """A small run in a process of its own, to be killed: python kept_run.py FOLDER SIZE KEEP PAUSE.
 
-It says on standard output when it begins, when it begins to save, and when it ends; it goes on from what it finds.
+It says on standard output when it begins, takes a batch, begins to save, and ends; it goes on from what it finds.
 """
 
 import pathlib
@@ -50,6 +50,7 @@ def train(folder, size, keep, pause):
             saved.go_on_from(step)
 
         def slow_batch_of_step(step):
+            print("takes", step, flush=True)
             time.sleep(pause)
             return batch_of_step(step)
 

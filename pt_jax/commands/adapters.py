@@ -80,3 +80,24 @@ def base_name(path) -> str:
     """How an adapter's folder names its base: a local folder by its whole path, wherever it is read from."""
     folder = pathlib.Path(path)
     return str(folder.resolve()) if folder.is_dir() else str(path)
+
+
+def write(folder, options, model, trained, base) -> None:
+    """What was trained as a folder that others read.
+
+    Args:
+      folder: to write into.
+      options: of the run.
+      model: that it started from, with its config and tokenizer.
+      trained: all weights, or
+      base: the weights that adapters are beside; None without them.
+    """
+    how = of(options)
+    if how is None:
+        models.save(folder, trained, model.config, model.tokenizer)
+    elif options.fold:
+        full = models.quantize.dequantize(lora.fold(base, trained, how))
+        models.save(folder, full, model.config, model.tokenizer)
+    else:
+        name = base_name(options.model)
+        peft.save(folder, trained, model.config, how, base=name, tokenizer=model.tokenizer)

@@ -52,7 +52,7 @@ def run(options: Export) -> None:
     master = lambda x: jax.ShapeDtypeStruct(x.shape, np.promote_types(x.dtype, np.float32))  # as ``init_state``
     trained = checkpoints.restore_part(path, {"params": jax.tree.map(master, shapes)})["params"]
     with folders.appear_whole(options.out, overwrite=options.overwrite) as folder:
-        common.write_model(folder, of_run, model, jax.device_get(trained), model.params)
+        adapters.write(folder, of_run, model, jax.device_get(trained), model.params)
 
 
 def find(name: str) -> pathlib.Path:

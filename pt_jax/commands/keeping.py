@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 import xxhash
 
 from pt_jax import checks, signals
-from pt_jax.commands import runs
+from pt_jax.commands import runs, several
 from pt_jax.tracking import sinks
 from pt_jax.training import checkpoints, distributed, loop, manifests, specs
 
@@ -52,7 +53,7 @@ class Keeping:
 # What a run may change when it goes on: no result of these, or no more than the rounding of float32
 MAY_CHANGE = (
     "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "context", "expert", "remat",
-    *(field.name for field in dataclasses.fields(Keeping)),
+    *(field.name for field in dataclasses.fields(Keeping)), *several.OWN,
 )  # fmt: skip
 INPUTS = ("model", "data", "eval_data")  # these are compared by what is in them, wherever it now lies
 
@@ -80,15 +81,18 @@ def opened(options: Keeping, warn) -> checkpoints.Checkpoints:
 
 
 def best_of(name: str):
-    """For ``Checkpoints``: how good the metrics of a checkpoint are."""
+    """For ``Checkpoints``: how good the metrics of a checkpoint are; worst where this one was not measured."""
     sign = -1 if name.endswith("loss") else 1
+    return lambda metrics: -math.inf if math.isnan(value := metrics.get(name, math.nan)) else sign * value
 
-    def goodness(metrics):
-        if name not in metrics:
-            raise ValueError(f"--keep-best {name}: a checkpoint's step has no such metric; it has {', '.join(metrics)}")
-        return sign * metrics[name]
 
-    return goodness
+def check_metric(options: Keeping, step: int, metrics: dict) -> None:
+    """Fails when the metric of --keep-best is not there at a step that is saved by plan; a signal may come at any."""
+    name = options.keep_best
+    if name is not None and name not in metrics and options.checkpoint_every and step % options.checkpoint_every == 0:
+        raise ValueError(
+            f"--keep-best {name}: step {step}, which is saved, has no such metric, but {', '.join(metrics)}"
+        )
 
 
 def step_to_resume(options: Keeping, saved: checkpoints.Checkpoints) -> int | None:
@@ -173,6 +177,8 @@ def leave_batch(error, batch, fit) -> None:
       batch: the arrays.
       fit: the run, a ``common.Fit``.
     """
+    if jax.process_index():  # number 0 writes it
+        return
     arrays = {name: np.asarray(x) for name, x in specs.flat(jax.device_get(batch)).items()}
     texts = {
         f"{name[: -len('tokens')]}texts": np.array(fit.model.tokenizer.batch_decode(x.tolist()))

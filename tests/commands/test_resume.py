@@ -216,6 +216,7 @@ def test_another_command_does_not_go_on_with_a_run(options, stopped, tmp_path):
         run(options("dpo", tmp_path / "out", resume="auto"))
 
 
+@pytest.mark.slow
 def test_what_may_change_does(options, straight, stopped, tmp_path):
     """Another mesh, other parts of a batch, another place for the data: the same to the rounding of float32."""
     shutil.copy(options("sft", tmp_path).data, tmp_path / "moved.jsonl")
@@ -247,7 +248,7 @@ def test_checkpoints_that_are_kept(options, tmp_path):
     of = {r["step"]: r["grad_norm"] for r in metrics.read(tmp_path / "out/metrics.jsonl") if r["step"] % 2 == 0}
     kept = checkpoints.complete(tmp_path / "out/checkpoints")
     assert set(kept) == {4, 8, 12, max(of, key=of.get)}
-    with pytest.raises(ValueError, match=r"--keep-best los: a checkpoint's step has no such metric; it has .*loss"):
+    with pytest.raises(ValueError, match=r"--keep-best los: step 3, which is saved, has no such metric, but .*loss"):
         run(options("sft", tmp_path / "new", keep_best="los"))
 
 
@@ -404,6 +405,17 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on_or_stop
         run(options("sft", tmp_path / "out", **changes))
         assert capsys.readouterr().out.count("was not written: No space left on device; it takes") == 2
         assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_the_best_is_the_lowest_loss_or_the_highest_of_what_was_measured():
+    """A signal comes at any step, and what is evaluated now and then is not known there."""
+    steps = {1: {"eval_loss": 2.0}, 2: {"eval_loss": 1.0, "reward": 1.0}, 3: {"reward": 2.0}, 4: {"reward": np.nan}}
+    best = lambda name: max(steps, key=lambda step: keeping.best_of(name)(steps[step]))
+    assert (best("eval_loss"), best("reward")) == (2, 3)
+    options = keeping.Keeping(keep_best="reward", checkpoint_every=2)
+    keeping.check_metric(options, 3, {"loss": 1.0})
+    with pytest.raises(ValueError, match="--keep-best reward: step 4, which is saved, has no such metric, but loss"):
+        keeping.check_metric(options, 4, {"loss": 1.0})
 
 
 def test_the_options_of_keeping_are_all_looked_at():

@@ -123,11 +123,10 @@ def test_a_signal_writes_a_checkpoint_of_a_whole_step_and_says_resume_me(start, 
 
 
 def test_a_second_signal_ends_it_at_once(start, whole, tmp_path):
-    process = start(tmp_path / "run", pause=5.0)
-    wait_for(process, "begins")
-    time.sleep(2.0)
+    process = start(tmp_path / "run", pause=8.0)
+    wait_for(process, "takes 0")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     asked = time.monotonic()
     assert process.wait() == 128 + signal.SIGINT and time.monotonic() - asked < 4
