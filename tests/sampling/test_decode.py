@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample, transform
+from pt_jax.sampling import Sampling, sample, sample_queue, sample_until, transform
 
 CONFIG = Config(
     vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False, qk_norm=False
@@ -206,14 +206,15 @@ def test_prompts_are_numbered_when_no_ids_are_given():
 
 
 PROGRAM = """
-import hashlib, jax, numpy as np
+import functools, hashlib, jax, numpy as np
 from pt_jax.models import Config, bind, init
 from pt_jax.sampling import Sampling, sample
 config = Config(vocab=23, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8)
 model, params = bind(config), jax.tree.map(lambda x: x * 10, init(config, jax.random.key(1)))
 prompts, seen = np.arange(20, dtype=np.int32).reshape(4, 5), np.tril(np.ones((5, 5), bool))[1:, ::-1]
-out = sample(params, prompts, seen, jax.random.key(2), apply=model.apply, init_cache=model.init_cache, length=9,
-    end_tokens=(3,), pad_token=3, group=2, how=Sampling(0.9, 12, 0.95, 0.01))
+run = functools.partial(sample, apply=model.apply, init_cache=model.init_cache, length=9, end_tokens=(3,), pad_token=3,
+    group=2, how=Sampling(0.9, 12, 0.95, 0.01))
+out = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, prompts, seen, jax.random.key(2))
 digest = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in (out.tokens, out.logps, out.alive)]
 """
 
@@ -233,29 +234,6 @@ def test_another_process_samples_the_same_bits():
     (digest, tokens), other = (json.loads(out) for out, _ in ended)
     assert [digest, tokens] == other
     assert len({tuple(row) for row in tokens}) == 8
-
-
-PROGRAM = """
-import functools, hashlib, jax, numpy as np
-from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample
-config = Config(vocab=23, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8)
-model, params = bind(config), jax.tree.map(lambda x: x * 10, init(config, jax.random.key(1)))
-prompts, seen = np.arange(20, dtype=np.int32).reshape(4, 5), np.tril(np.ones((5, 5), bool))[1:, ::-1]
-run = functools.partial(sample, apply=model.apply, init_cache=model.init_cache, length=9, end_tokens=(3,), pad_token=3,
-    group=2, how=Sampling(0.9, 12, 0.95, 0.01))
-out = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, prompts, seen, jax.random.key(2))
-digest = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in (out.tokens, out.logps, out.alive)]
-"""
-IN_A_PROCESS = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 8)\n"
-TABLE = """
-import json, numpy as np
-from pt_jax.sampling import sample
-print(json.dumps([digest, out.tokens.tolist()]), flush=True)
-sample(np.eye(23, dtype=np.float32), prompts, seen, jax.random.key(0), length=12, end_tokens=(-1,), pad_token=0,
-    apply=lambda p, tokens, seen, cache: (p[tokens], cache), init_cache=lambda rows, length: {}, group=2)
-print("done")
-"""
 
 
 # ---- the end
@@ -380,6 +358,25 @@ def test_a_linen_model_with_a_cache_of_another_layout():
     assert (~out.alive).sum() > 0
     _, logps = scored(out, params=params, group=3, model=model)
     np.testing.assert_allclose(out.logps[out.alive], logps[out.alive], rtol=0, atol=1e-5)
+    for by in (functools.partial(sample_queue, slots=5), functools.partial(sample_until, chunk=5)):
+        assert_same(completions(params=params, model=model, group=3, end_tokens=(4, 9), by=by), out)
+
+
+def test_a_function_without_a_memory_is_a_model():
+    """It says what is before it, which is also who is scored where: one column off, and no number is right."""
+    repeats = Model(
+        lambda params, tokens, seen, cache: (5.0 * jax.nn.one_hot(tokens, V), cache), lambda rows, length: {}
+    )
+    forced = np.random.default_rng(0).integers(0, 3, (P, N)).astype(np.int32)
+    before = np.concatenate([padded(PROMPTS)[0][:, -1:], forced[:, :-1]], 1)
+    again = 5 - np.log(np.exp(5) + V - 1)
+    expected = np.where(forced == before, again, again - 5)
+    for by in (compiled, sample_until):
+        out = completions(params={}, model=repeats, forced=forced, by=by)
+        np.testing.assert_array_equal(out.tokens, forced)
+        np.testing.assert_allclose(out.logps, expected, rtol=0, atol=1e-5)
+    assert_same(completions(params={}, model=repeats, by=functools.partial(sample_queue, slots=2)),
+                completions(params={}, model=repeats))  # fmt: skip
 
 
 def test_sampling_is_a_function_that_may_be_jitted():
