@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pt_jax import cli
+from pt_jax import cli, signals
 from pt_jax.commands import runs, sft
 from pt_jax.training import loop
 
@@ -116,13 +116,21 @@ def interrupted():
     raise KeyboardInterrupt
 
 
+def asked_to_stop():
+    raise signals.Stopped("SIGTERM")
+
+
 def diverged():
     loop.report(3, {"loss": math.nan}, lambda *_: None)
 
 
 @pytest.mark.parametrize(
     "fails,code,said",
-    [(interrupted, 130, "stopped"), (diverged, 2, "the loss of step 3 is nan; a lower learning rate usually helps")],
+    [
+        (interrupted, 130, "stopped"),
+        (diverged, 2, "the loss of step 3 is nan; a lower learning rate usually helps"),
+        (asked_to_stop, 75, "stopped by SIGTERM; start it again with --resume auto to go on"),
+    ],
 )
 def test_a_run_that_ends_early_says_what_there_is(tmp_path, monkeypatch, capsys, model, fails, code, said):
     """Before anything was written, nothing; afterwards, where the metrics are."""
