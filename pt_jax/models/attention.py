@@ -194,7 +194,7 @@ def _cached(q, parts, *, visible, scale, softcap):
     top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(x - top) for x in tops]
     whole = sum(w * x for w, x in zip(weights, sums))
-    return sum((w / whole).astype(q.dtype)[..., None] * out for w, out in zip(weights, outs))
+    return sum((w / whole)[..., None] * out for w, out in zip(weights, outs)).astype(q.dtype)
 
 
 def _unnormalised(scores):

@@ -16,7 +16,9 @@ L are the layers that see all of a text; k and v are missing where there are non
 
 In int8 a key or value of a head is 127 parts of its largest number: ``k_scale`` and ``v_scale`` [L, B, k, S] float32
 say how large a part is. A token is rounded when it is written and never again, and what is read is what was written,
-by the tokens that are written with it, too: so a text has the same numbers however it is cut into calls.
+by the tokens that are written with it, too: so a text has the same numbers however it is cut into calls. But where a
+number lies between two parts, the last bits of float32 decide which it becomes: another batch, or another engine, may
+round a few otherwise, and then log-probabilities agree to about 1e-3, and a sample may be another.
 
 Who sees whom is a matter of positions, not of columns: rows may lie in a cache at different places, and one that begins
 anew overwrites the oldest columns. A ring keeps columns: of a row in which padding follows tokens and tokens follow the

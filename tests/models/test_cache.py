@@ -126,7 +126,7 @@ def test_a_ring_forgets_what_it_has_slack_for_and_says_when_it_has_not(kind):
     for several in ((4,), (1,) * 4):
         wrong = (TOKENS[:, 30:34] + 1) % 29
         other = forget(in_parts(config, cache, several, tokens=wrong, seen=np.ones((3, 4), bool))[1], 4)
-        got, _ = in_parts(config, other, (1,) * 6, tokens=TOKENS[:, 30:36], seen=SEEN[:, 30:36])
+        got, _ = in_parts(config, other, (4, 1, 1), tokens=TOKENS[:, 30:36], seen=SEEN[:, 30:36])
         close(got[SEEN[:, 30:36]], whole(config)[:, 30:36][SEEN[:, 30:36]])
     wrong = (TOKENS[:, 30:36] + 1) % 29
     other = forget(in_parts(config, cache, (6,), tokens=wrong, seen=np.ones((3, 6), bool))[1], 6)
