@@ -119,8 +119,9 @@ def _vocabulary(apply, init_cache, tree, leaves):
 
 
 def _known(x):
-    """An array of the host, or None where there is none, or none yet."""
-    return None if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)) or x is None else np.asarray(x)
+    """An array of the host; None where there is none, or none yet, or a part of it is with another host."""
+    hidden = lambda leaf: isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True)
+    return None if x is None or any(map(hidden, jax.tree.leaves(x))) else np.asarray(x)
 
 
 def _ids(x):
