@@ -45,7 +45,7 @@ def _run(argv) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
-    from pt_jax.commands import dpo, export, grpo, inspect, quickstart, replay, sft, talk
+    from pt_jax.commands import dpo, export, grpo, inspect, quickstart, replay, several, sft, talk
 
     commands = {
         "quickstart": (quickstart.Quickstart, quickstart.run),
@@ -61,13 +61,16 @@ def _run(argv) -> int:
     named = (Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in commands.items())
     either = tyro.conf.OmitSubcommandPrefixes[functools.reduce(operator.or_, named)]
     options = tyro.cli(either, prog="pt-jax", args=argv, description="Post-training of language models in pure JAX.")
-    try:
-        next(run for kind, run in commands.values() if type(options) is kind)(options)
-    except (ValueError, FloatingPointError, OSError) as e:
-        if not _raised_here(e):
-            raise
-        print(_sentence(e, e), file=sys.stderr)
-        return 2
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(several.joined(options))
+            next(run for kind, run in commands.values() if type(options) is kind)(options)
+        except (ValueError, FloatingPointError, OSError) as e:
+            if not _raised_here(e):
+                raise
+            print(_sentence(e, e), file=sys.stderr)
+            several.give_up(e)
+            return 2
     return 0
 
 

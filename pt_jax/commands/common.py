@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from pt_jax import checks, folders, models, signals
-from pt_jax.commands import adapters, keeping, runs
+from pt_jax.commands import adapters, keeping, runs, several
 from pt_jax.data import batches, rows, tokenizers
 from pt_jax.models import lora
 from pt_jax.sampling import Sampling, sample
 from pt_jax.tracking import metrics
 from pt_jax.training import (
     capture,
+    distributed,
     init_state,
     loop,
     make_stages,
@@ -33,7 +34,7 @@ AXES = ("fsdp", "tensor", "context", "expert")  # of the mesh; data takes the de
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(keeping.Keeping):
+class Training(keeping.Keeping, several.Several):
     """Options of every training command.
 
     Args:
@@ -293,6 +294,8 @@ class Fit:
         warn = lambda sentence: notes.append(sentence) if self.tracker is None else self.tracker.warn(sentence)
         with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
             done = self._resume()
+            if jax.process_count() > 1:
+                several.check_same(keeping.noted(self.options), done)
             with runs.stage(self.options, name, self.steps, None, done) as (self.tracker, on, logs):
                 for sentence in notes:
                     self.tracker.warn(sentence)
@@ -311,7 +314,8 @@ class Fit:
         like, self.state = jax.tree.map(where, self.state), None  # there is no room for both
         self.state = self.saved.restore(step, like)
         keeping.check_inputs(self.saved.meta(step), self.options)
-        self.saved.go_on_from(step)
+        if several.writes():
+            self.saved.go_on_from(step)
         self.done = step
         return step
 
@@ -383,14 +387,16 @@ class Fit:
 
     def save(self, logs=()) -> None:
         """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""
-        trained, model = jax.device_get(self.state.params), self.model
-        base = None if self.how is None else self.frozen[0]
+        trained, model = distributed.fetched(self.state.params), self.model
+        base = None if self.how is None else distributed.fetched(self.frozen[0])
         for path, x in jax.tree_util.tree_leaves_with_path(trained):
             if not np.isfinite(x).all():
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise FloatingPointError(
                     f"{name} is not finite, so nothing is saved; a lower learning rate usually helps"
                 )
+        if not several.writes():
+            return
         with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
             adapters.write(folder, self.options, model, trained, base)
             for log in logs:

@@ -73,6 +73,10 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         options, above_0=("updates", "max_new_tokens", "eval_every", "temperature", "patience"),
         at_least_0=("kl", "clip_high"), clip_low=(0.0, 1.0),
     )  # fmt: skip
+    if jax.process_count() > 1:
+        raise ValueError(
+            "--coordinator: grpo reads its samples on one host, so it runs in one process; sft and dpo in several"
+        )
     if options.group < 2:
         raise ValueError(f"--group {options.group}: answers are compared within a group, so it needs at least 2")
     if options.patience and not options.eval_data:

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from pt_jax import checks, signals
-from pt_jax.commands import runs
+from pt_jax.commands import runs, several
 from pt_jax.tracking import sinks
 from pt_jax.training import checkpoints, distributed, loop, manifests, specs
 
@@ -53,7 +53,7 @@ class Keeping:
 # What a run may change when it goes on: no result of these, or no more than the rounding of float32
 MAY_CHANGE = (
     "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "context", "expert", "remat",
-    *(field.name for field in dataclasses.fields(Keeping)),
+    *(field.name for field in dataclasses.fields(Keeping)), *several.OWN,
 )  # fmt: skip
 INPUTS = ("model", "data", "eval_data")  # these are compared by what is in them, wherever it now lies
 

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from importlib import metadata
 
+import jax
+
 from pt_jax import folders
 from pt_jax.tracking import metrics, plots, sinks
 from pt_jax.tracking.metrics import JsonlLog
@@ -162,6 +164,8 @@ def stage(options, name: str, total: int, tracker=None, done: int | None = None)
     """
     with contextlib.ExitStack() as stack:
         logs = ()
+        if tracker is None and jax.process_index():
+            tracker = Tracker()  # number 0 tells of the run, and writes
         if tracker is None:
             folder = unfinished(options.out)
             tracker = stack.enter_context(opened(folder, options, {name: 60.0}, done))

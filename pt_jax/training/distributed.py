@@ -78,9 +78,10 @@ def start(coordinator=None, processes=None, process_id=None, *, heartbeat=HEARTB
 
 
 def stop() -> None:
-    """The end of a process that has done its part; waits for the others."""
+    """The end of a process that has done its part; waits for the others, however long they take."""
     global _watch
     if _watch is not None:
+        everybodys("done")
         _watch.end()
         _watch = None
         jax.distributed.shutdown()

@@ -15,7 +15,7 @@ import pytest
 from small_models import jit
 
 from pt_jax import models
-from pt_jax.commands import adapters, common, dpo, grpo, keeping, sft
+from pt_jax.commands import adapters, common, dpo, grpo, keeping, several, sft
 from pt_jax.data import encode, rows
 from pt_jax.tracking import metrics
 from pt_jax.tracking.tracker import Tracker
@@ -384,6 +384,7 @@ def test_the_options_that_are_not_above_are_known():
         "clip_low", "clip_high", "eval_data", "eval_every", *EFFECTS["sft"],
         "lora_rank", *adapters.FLAGS,  # test_adapters.py
         "remat", "dtype", "packing",  # test_execution.py
+        *several.OWN,  # test_several.py
         *(f.name for f in dataclasses.fields(keeping.Keeping)), "patience",  # test_resume.py
     }  # fmt: skip
     for command, (_, kind, _) in COMMANDS.items():
