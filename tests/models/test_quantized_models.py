@@ -298,5 +298,5 @@ def test_scales_that_do_not_divide_are_whole_and_numbers_that_do_not_are_refused
         specs(jax.eval_shape(functools.partial(quantize.quantize, how=int8), weight(2, 8, 8))).scale == got.absmax.step
     )
     odd = jax.eval_shape(functools.partial(quantize.quantize, how=nf4), weight(2, 24, 8))
-    with pytest.raises(ValueError, match=r"^mesh axis fsdp=8 does not divide axis 1 of layers.up.packed, which is 12; choose"):
+    with pytest.raises(ValueError, match=r"^mesh axis fsdp=8 does not divide axis 1 of layers.up.packed, which is 12;"):
         sharding.by_name(odd, mesh)

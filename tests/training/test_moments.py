@@ -127,7 +127,7 @@ def test_arrays_below_the_least_size_stay_as_they_are():
     jax.tree.map(np.testing.assert_array_equal, state.inner, optax.adam(0.1).init(PARAMS))
 
 
-CONFIG = models.Config(vocab=32, layers=1, width=32, heads=4, kv_heads=2, head_width=8, hidden=48, tied=False)
+CONFIG = models.Config(vocab=32, layers=2, width=32, heads=4, kv_heads=2, head_width=8, hidden=48, tied=False)
 TOKENS = np.random.default_rng(0).integers(0, 32, (8, 12)).astype(np.int32)
 BATCH = {"tokens": TOKENS, "seen": np.ones((8, 12), bool), "mask": np.ones((8, 12), bool) & (np.arange(12) > 0)}
 BATCH["weights"] = np.asarray(token_mean(BATCH["mask"]))
