@@ -11,7 +11,7 @@ import pytest
 from small_models import jit
 
 from pt_jax.models import Config, lora, parameters
-from pt_jax.training import init_state, make_train_step, optimizers, schedules
+from pt_jax.training import init_state, make_train_step, moments, optimizers, schedules, sharding
 
 TREE = {
     "embed": np.array([[0.5, -1.0], [2.0, 0.1]]),
@@ -316,6 +316,39 @@ def test_a_number_out_of_range_is_refused(optimizer, options, message):
     if options.keys() <= inspect.signature(optimizer).parameters.keys():
         with pytest.raises(ValueError, match=message):
             optimizer(**{"rate": 0.1} | options)
+
+
+SPREAD = {"8 bits": lambda rate, **options: moments.in_8_bits(optimizers.adamw(rate, **options), least=64)} | EVERY
+
+
+@pytest.mark.parametrize("optimizer", SPREAD.values(), ids=SPREAD)
+def test_eight_devices_take_the_steps_of_one(optimizer):
+    """With parameters and moments split over three axes of a mesh: matrices, their norms and draws are not local."""
+    shapes = {"embed": (8, 4), "layers": {"wq": (2, 4, 2, 6), "down": (2, 8, 4), "attn_norm": (2, 4)}}
+    is_shape = lambda s: isinstance(s, tuple)
+    fresh = lambda t: jax.tree.map(
+        lambda s: np.float32(np.random.default_rng(t).normal(size=s)), shapes, is_leaf=is_shape
+    )
+    optimizer, mesh = optimizer(0.05, weight_decay=0.1, clip=0.5), sharding.make_mesh(2, 2, 2)
+
+    def three(params, place, layout):
+        state = place(optimizer.init(params))
+        step = jit(lambda grads, state, params: optimizer.update(grads, state, params), out_shardings=layout(state))
+        for t in (1, 2, 3):
+            updates, state = step(place(fresh(t)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    one = three(fresh(0), lambda tree: tree, lambda state: None)
+    layout = lambda tree: sharding.by_name(tree, mesh)
+    params = jax.device_put(fresh(0), layout(fresh(0)))
+    eight = three(
+        params, lambda tree: jax.device_put(tree, layout(tree)), lambda state: (layout(params), layout(state))
+    )
+    assert len(eight[0]["layers"]["wq"].sharding.device_set) == 8
+    assert not eight[0]["layers"]["wq"].is_fully_replicated
+    close = lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, eight, one)
 
 
 # ---- by path
