@@ -6,12 +6,14 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tyro.conf import Positional
 
 from pt_jax.models import families, huggingface, init_cache, lora, parameters, quantize
 from pt_jax.models.tensors import DTYPES
 from pt_jax.tracking.tables import table
+from pt_jax.training import init_state, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,19 @@ class Inspect:
       lora_rank: rank of the adapter to look at.
       lora_targets: patterns of the products that it adapts, such as wq "w[kv]" "expert_*"; all but experts by default.
       dora: whether it is DoRA, which trains the norms of the outputs too.
+      data, fsdp, tensor, context, expert: devices of a mesh, whether they are there or not: shows what would lie where
+        when all weights are trained with Adam, and how many bytes on each device.
     """
 
     model: Positional[str]
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
     dora: bool = False
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
 
     def adapter(self) -> lora.Adapter | None:
         if self.lora_rank is None:
@@ -44,9 +53,22 @@ def run(options: Inspect) -> dict:
 
     found = examine(options.model, options.adapter())
     console = Console()
-    for each in tables(options.model, found):
+    mesh = sharding.planned_mesh(**{axis: getattr(options, axis) for axis in sharding.AXES})
+    for each in [*tables(options.model, found), *([on_mesh(options.model, mesh)] if mesh.size > 1 else [])]:
         console.print(each)
     return found
+
+
+def on_mesh(path, mesh):
+    """The table of what lives where on a mesh (``sharding.table``) when all weights of a folder are trained with Adam.
+
+    Raises:
+      ValueError: the folder cannot be loaded, or an axis of the mesh does not divide what it would split.
+    """
+    config, _ = huggingface.opened(huggingface.local(path, download=False))
+    params = _arrays(flatten_dict(parameters.shapes(config)), "float32")
+    state = jax.eval_shape(lambda params: init_state(params, optax.adam(0.0), jax.random.key(0)), params)
+    return sharding.table(state, mesh)
 
 
 def examine(path, adapter: lora.Adapter | None = None) -> dict:

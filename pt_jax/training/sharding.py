@@ -302,7 +302,10 @@ def table(tree, mesh, layout=None):
     for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(tree), places):
         name = _name(path)
         alone = not hasattr(tree, "params") or name.startswith("params.")
-        line = lines.setdefault(name if alone else name.split(".")[0], {"shape": "", "spec": "", "whole": 0, "mine": 0})
+        line = lines.setdefault(
+            name.removeprefix("params.") if alone else name.split(".")[0],
+            {"shape": "", "spec": "", "whole": 0, "mine": 0},
+        )
         if alone:
             line |= {"shape": ", ".join(map(str, leaf.shape)), "spec": _said(name, leaf, place.spec, mesh)}
         line["whole"] += leaf.size * leaf.dtype.itemsize

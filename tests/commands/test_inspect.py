@@ -195,3 +195,24 @@ def test_a_whole_folder_is_counted_so(case, head, tmp_path):
     found = inspect.examine(tmp_path)
     assert found["parameters"] == model.num_parameters()
     assert found["class"] == type(model).__name__
+
+
+def test_a_mesh_that_is_not_there_is_planned(folder, capsys, monkeypatch):
+    """Every device has an eighth of the experts, a quarter of other matrices, their moments alike, and all norms."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["inspect", str(folder), "--fsdp", "4", "--expert", "2"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.split("\n") if line.strip()}
+    number = lambda name, i: int(lines[name][i].replace(",", ""))
+    params = models.load(folder)[0]
+    assert number("layers.expert_up", -2) == params["layers"]["expert_up"].nbytes
+    assert number("layers.expert_up", -1) == params["layers"]["expert_up"].nbytes // 8
+    assert number("layers.wq", -1) == params["layers"]["wq"].nbytes // 4
+    assert number("norm", -1) == params["norm"].nbytes
+    assert number("opt_state", -2) == 2 * size(params) + 4
+    assert 2 * size(params) / 8 < number("opt_state", -1) < 2 * size(params) / 3
+
+
+def test_a_mesh_that_does_not_divide_is_told(folder, capsys):
+    assert cli.main(["inspect", str(folder), "--expert", "8"]) == 2
+    said = "mesh axis expert=8 does not divide axis 1 of params.layers.expert_down, which is 4"
+    assert said in capsys.readouterr().err

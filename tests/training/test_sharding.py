@@ -181,7 +181,7 @@ def test_the_table_adds_up_to_what_the_devices_hold(params):
     assert numbers("opt_state") == [
         sum(x.nbytes for x in jax.tree.leaves(state.opt_state)), bytes_on(jax.devices()[5], placed.opt_state)
     ]  # fmt: skip
-    assert numbers("params.layers.wk") == [2 * 16 * 2 * 4 * 4, 2 * 16 * 2 * 4]
+    assert numbers("layers.wk") == [2 * 16 * 2 * 4 * 4, 2 * 16 * 2 * 4]
     assert "mesh data=2 x fsdp=2 x tensor=2, 8 devices" in said
 
 
