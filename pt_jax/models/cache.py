@@ -140,12 +140,14 @@ def begin(config: Config, cache, seen) -> tuple[Begun, dict]:
       Where they go and what they see, and the cache that knows their positions.
 
     Raises:
-      ValueError: there are more tokens than the cache has columns.
+      ValueError: there are more tokens than the cache has columns, or the rows cannot go on from their prefix.
     """
     T, S = seen.shape[1], cache["position"].shape[1]
     if T > S:
         raise ValueError(f"{T} tokens do not fit a cache for {S}; give init_cache the length of prompt and answer")
     prefix, end = cache["prefix"], cache["end"]
+    if prefix is not None:
+        _check_prefix(prefix, len(seen))
     count = cache["count"][:, None] + jnp.cumsum(seen, 1)
     each = None if prefix is None else len(seen) // len(prefix["count"])
     position = jnp.maximum(count - 1 if prefix is None else count - 1 + jnp.repeat(prefix["count"], each)[:, None], 0)
@@ -167,6 +169,13 @@ def begin(config: Config, cache, seen) -> tuple[Begun, dict]:
             there = sum((x.visible & (x.behind < window)).sum(3, dtype=jnp.int32) for x in places["near"].sights)
             lost = seen & (there[:, 0] < jnp.minimum(position + 1, window))
     return Begun(position, start, places, lost), after
+
+
+def _check_prefix(prefix, rows):
+    if rows % len(prefix["count"]):
+        raise ValueError(f"{rows} rows cannot go on from a prefix of {len(prefix['count'])}: each is of as many rows")
+    if prefix["prefix"] is not None:
+        raise ValueError("the prefix of the cache has a prefix itself; read both as one")
 
 
 def _sight(position, keys):
@@ -246,9 +255,7 @@ def check_forgetting(cache, columns: int, name: str) -> None:
     """
     slack = len(cache["near"]["slack"]) if isinstance(cache, dict) and "near" in cache else columns
     if columns > slack:
-        raise ValueError(
-            f"{name}={columns} for a cache whose rings forget {slack} at most; give init_cache more slack"
-        )
+        raise ValueError(f"{name}={columns} for a cache whose rings forget {slack} at most; give init_cache more slack")
 
 
 def forget(cache, columns):

@@ -248,3 +248,13 @@ def test_rows_behind_a_shared_prefix_have_the_logits_of_whole_rows(kind, dtype):
         close(got[said], expected[:, n:][said])
     assert after["prefix"] is not None and after["position"].shape == (6, T - n)
     np.testing.assert_array_equal(after["position"], np.where(said, seen.cumsum(1)[:, n:] - 1, -1))
+
+
+def test_a_prefix_that_cannot_be_is_a_sentence():
+    config = KINDS["no window"]
+    cache, prefix = init_cache(config, 6, 4), init_cache(config, 4, 4)
+    ask = lambda cache: apply(config, weights(config), np.zeros((6, 1), np.int32), np.ones((6, 1), bool), cache)
+    with pytest.raises(ValueError, match="6 rows cannot go on from a prefix of 4"):
+        ask(cache | {"prefix": prefix})
+    with pytest.raises(ValueError, match="the prefix of the cache has a prefix itself"):
+        ask(cache | {"prefix": init_cache(config, 3, 4) | {"prefix": prefix}})

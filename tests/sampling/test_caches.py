@@ -122,6 +122,7 @@ def test_a_replay_from_an_int8_cache_has_the_same_bits(rounded):
     assert (np.abs(rounded[0].logps - exact.logps) > 1e-5).any()  # and they are not those of a float cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "more"),
     [(sample, {"shared_prefix": False}), (sample_queue, {"slots": 5}), (speculate, {"ahead": 4})],
@@ -171,7 +172,7 @@ def test_the_memory_of_a_prompt_is_divided_by_its_group():
 
 def test_prompts_of_many_lengths_are_one_program():
     """As text.complete hands them on, in buckets; a prompt that is longer than its bucket is a second."""
-    traces, bound = [], bind(CONFIGS["windows in turns"])
+    traces, bound = [], bind(CONFIGS["no window"])
 
     def apply(params, tokens, seen, cache):
         traces.append(tokens.shape)
@@ -186,7 +187,7 @@ def test_prompts_of_many_lengths_are_one_program():
 
     def ask(length):
         prompts = [PROMPTS[0, :length], PROMPTS[1, :2]]
-        text.complete(sampler, weights(CONFIGS["windows in turns"]), Tokenizer, prompts, jax.random.key(0), pad_token=3)
+        text.complete(sampler, weights(CONFIGS["no window"]), Tokenizer, prompts, jax.random.key(0), pad_token=3)
         return len(traces)
 
     first = ask(26)
