@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models import Config, Execution, apply, bind, decoder, init, init_cache, runs
+from pt_jax.models import Config, Execution, apply, attention, bind, decoder, init, init_cache, runs
 from pt_jax.models.cache import SLACK, append, begin, forget, stacks
 
 SIZES = {"vocab": 29, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 24, "eps": 1e-2, "tied": False}
@@ -258,3 +258,23 @@ def test_a_prefix_that_cannot_be_is_a_sentence():
         ask(cache | {"prefix": prefix})
     with pytest.raises(ValueError, match="the prefix of the cache has a prefix itself"):
         ask(cache | {"prefix": init_cache(config, 3, 4) | {"prefix": prefix}})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_cudnn_is_handed_all_parts_as_one(dtype, monkeypatch):
+    """Its kernel runs on NVIDIA's GPUs alone; what it is handed is computed by the program that is its equal."""
+    of_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: of_xla(*a, **k | {"implementation": "xla"}))
+    rng = np.random.default_rng(0)
+    heads = lambda rows, tokens, count: jnp.float32(rng.normal(size=(rows, tokens, count, 8)))
+    parts, visible = [], []
+    for rows, tokens in ((2, 7), (6, 3)):
+        cache = init_cache(KINDS["no window"], rows, tokens, dtype)
+        begun, _ = begin(KINDS["no window"], cache, np.ones((rows, tokens), bool))
+        new = heads(rows, tokens, 2), heads(rows, tokens, 2)
+        parts += append(stacks(cache)["far"], 0, *new, begun.places["far"])[1]
+        visible.append(jnp.asarray(rng.random((6, 1, 2, tokens)) < 0.6).at[..., 0].set(True))
+    q = heads(6, 2, 4)
+    got, expected = (attention.of_cache(name, visible, scale=0.4)(q, parts) for name in ("cudnn", "plain"))
+    assert got.shape == q.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
