@@ -24,7 +24,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-HEARTBEAT = 10.0  # seconds without a sign of life after which a process is given up
+# Seconds without a sign of life after which a process is given up. A tensor of some GiB that is read from a slow disk
+# keeps Python from giving one.
+HEARTBEAT = 30.0
 _BEATS = 5  # signs of life in that time
 _FAILED, _ALIVE, _DONE = "pt_jax/failed/", "pt_jax/alive/", "done"
 
