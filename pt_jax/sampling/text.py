@@ -65,7 +65,6 @@ def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
     longest = max(map(len, stop), default=0)
     decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
     has = lambda text: any(s in text for s in stop)
-    found = lambda tokens: has(decoded(tokens))
 
     def recent(tokens, before):
         back = longest + MARGIN
@@ -73,20 +72,21 @@ def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
             for first in range(before - back, max(before - back - 4, 0), -1):  # a character has up to four bytes
                 text = decoded(tokens[first:])
                 if "\ufffd" not in text.rstrip("\ufffd"):
-                    if len(decoded(tokens[first:before])) >= longest + MARGIN:
+                    if len(decoded(tokens[first:before]).rstrip("\ufffd")) >= longest + MARGIN:
                         return text
                     break
             back *= 2
         return decoded(tokens)
 
     def until(tokens, before=0):
-        if not has(recent(tokens, before)) or not found(tokens):
-            return None
-        low, high = before, len(tokens)  # not found in low tokens, found in high: text only grows
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if found(tokens[:middle]) else (middle, high)
-        return high
+        for n in range(len(tokens), max(before, len(tokens) - 4), -1):
+            text = recent(tokens[:n], before)
+            if has(text):
+                each = ((n, recent(tokens[:n], n - 1)) for n in range(1, len(tokens) + 1))
+                return next((n for n, text in each if has(text) and has(decoded(tokens[:n]))), None)
+            if not text.endswith("\ufffd"):  # else the last character is not there yet, and may hide the others
+                break
+        return None
 
     return until
 
