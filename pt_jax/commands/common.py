@@ -141,8 +141,8 @@ class Model:
     def sampler(self, length: int, how: Sampling):
         """``sample`` with all bound but params, prompts, seen and key."""
         return partial(
-            sample, apply=self.apply, init_cache=self.init_cache, length=length, how=how,
-            end_tokens=self.end_tokens, pad_token=self.pad_token,
+            _sample_by_layer(self.config) if jax.default_backend() == "gpu" else sample, apply=self.apply,
+            init_cache=self.init_cache, length=length, how=how, end_tokens=self.end_tokens, pad_token=self.pad_token,
         )  # fmt: skip
 
     def check_length(self, tokens, source: str, room: int = 0, limit: int | None = None) -> None:
@@ -151,6 +151,12 @@ class Model:
         if len(tokens) + room > limit:
             more = f" and {room} are to be sampled" if room else ""
             raise ValueError(f"{source}: has {len(tokens)} tokens{more}, the limit is {limit}; shorten it")
+
+
+def _sample_by_layer(config):
+    """``sample`` of stacked weights, which it takes apart: short runs on a CPU would only wait longer to compile."""
+    by_layer = jax.jit(partial(models.by_layer, config))
+    return lambda params, *given, **settings: sample(by_layer(params), *given, **settings)
 
 
 def open_model(folder, quantize=None, how=models.Execution()) -> Model:  # noqa: B008, it does not change

@@ -8,6 +8,7 @@ from pt_jax import models
 from pt_jax.commands import common, dpo, grpo, sft
 from pt_jax.data import rows
 from pt_jax.recipes import sft as recipe
+from pt_jax.sampling import Sampling
 
 BASE = {"steps": 2, "batch_size": 8, "learning_rate": 1e-2}
 
@@ -55,6 +56,18 @@ def test_the_options_reach_the_model(folder):
         assert jax.eval_shape(logits, model.params).dtype == dtype
         program = jax.make_jaxpr(jax.grad(lambda p, logits=logits: logits(p).astype(np.float32).sum()))(model.params)
         assert ("remat" in str(program)) == recomputes
+
+
+def test_a_gpu_samples_the_same_layer_by_layer(folder, monkeypatch):
+    model = common.open_model(folder)
+    prompts = np.array([[5, 6, 7]], np.int32), np.ones((1, 3), bool)
+    draw = lambda: model.sampler(6, Sampling())(model.params, *prompts, jax.random.key(0), group=2)
+    expected, taken = draw(), []
+    by_layer = models.by_layer
+    monkeypatch.setattr(models, "by_layer", lambda *x: taken.append(1) or by_layer(*x))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(draw().tokens, expected.tokens)
+    assert taken
 
 
 @pytest.mark.parametrize("module", [sft, dpo, grpo])
