@@ -1,10 +1,12 @@
 """Causal attention of whole rows in tiles of queries, as XLA's CPU backend computes it well.
 
 Each tile sees the keys up to its own end and no others, so that about half of the scores are never computed. Their
-exponentials are not kept for the backward pass but computed again from the logarithm of their sum, as in
-FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691), which also gives the gradient:
+exponentials are not kept for the backward pass but computed again from the largest score and their sum, as in
+FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), which also gives the gradient:
 
-    P = exp(S - lse),   D = rowsum(dO * O),   dS = P * (dO V^T - D),   dQ = dS K,   dK = dS^T Q,   dV = P^T dO
+    P = exp(S - m) / l,   D = rowsum(dO * O),   dS = P * (dO V^T - D),   dQ = dS K,   dK = dS^T Q,   dV = P^T dO
+
+m and l stay apart: added up as m + log l, as in FlashAttention-2, they would round like the largest score does.
 
 On a CPU the products over [queries, keys] are cheap, and moving arrays of that size is not: left to itself, XLA lays
 P and dS out anew, columns first, before it sums over queries, and keeps P of every layer in memory that nothing has
@@ -49,11 +51,18 @@ def _tiles(length):
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
+def _product(equation, x, y):
+    """In float32, of numbers of 16 bits too. A CPU has no products of those, and XLA not always a way around it."""
+    if jax.default_backend() == "cpu":
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
 def _scores(softcap, q, k, visible, tile):
     """What a tile's queries make of the keys up to its end: [B, k, g, t, s] float32."""
     first, end = tile
     q, k = q[:, :, :, first:end], k[:, :, :end]
-    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = _product("bkgtc,bksc->bkgts", q, k)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(visible[:, :, None, first:end, :end], scores, jnp.finfo(jnp.float32).min)
@@ -66,36 +75,36 @@ def _attend(softcap, q, k, v, visible):
 
 
 def _forward(softcap, q, k, v, visible):
-    outs, sums = [], []
+    outs, tops, sums = [], [], []
     for tile in _tiles(q.shape[3]):
         scores = _scores(softcap, q, k, visible, tile)
         most = scores.max(-1, keepdims=True)
         shares = jnp.exp(scores - most)
         total = shares.sum(-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksc->bkgtc", shares.astype(v.dtype), v[:, :, : tile[1]])
-        outs.append(out / total.astype(v.dtype))
-        sums.append(most + jnp.log(total))
-    out, lse = jnp.concatenate(outs, 3), jnp.concatenate(sums, 3)
-    return out, (q, k, v, visible, out, lse)
+        out = _product("bkgts,bksc->bkgtc", shares.astype(v.dtype), v[:, :, : tile[1]])
+        outs.append((out / total).astype(v.dtype))
+        tops.append(most)
+        sums.append(total)
+    out, *statistics = (jnp.concatenate(x, 3) for x in (outs, tops, sums))
+    return out, (q, k, v, visible, out, *statistics)
 
 
 def _backward(softcap, kept, g):
-    q, k, v, visible, out, lse = kept
+    q, k, v, visible, out, most, total = kept
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     dq = []
     dk, dv = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))  # [B, k, c, T]
     for first, end in _tiles(q.shape[3]):
         scores = _scores(softcap, q, k, visible, (first, end))
         here = (slice(None),) * 3 + (slice(first, end),)
-        shares = jnp.exp(scores - lse[here])
-        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        change = shares * (product("bkgtc,bksc->bkgts", g[here], v[:, :, :end]) - delta[here])
+        shares = jnp.exp(scores - most[here]) / total[here]
+        change = shares * (_product("bkgtc,bksc->bkgts", g[here], v[:, :, :end]) - delta[here])
         if softcap is not None:
             change = change * (1 - jnp.square(jnp.where(jnp.abs(scores) <= softcap, scores, 0) / softcap))
         change, shares = change.astype(q.dtype), shares.astype(v.dtype)
-        dq.append(product("bkgts,bksc->bkgtc", change, k[:, :, :end]).astype(q.dtype))
-        dk = dk.at[..., :end].add(product("bkgtc,bkgts->bkcs", q[here], change))
-        dv = dv.at[..., :end].add(product("bkgtc,bkgts->bkcs", g[here], shares))
+        dq.append(_product("bkgts,bksc->bkgtc", change, k[:, :, :end]).astype(q.dtype))
+        dk = dk.at[..., :end].add(_product("bkgtc,bkgts->bkcs", q[here], change))
+        dv = dv.at[..., :end].add(_product("bkgtc,bkgts->bkcs", g[here], shares))
     dk, dv = (x.swapaxes(2, 3).astype(of.dtype) for x, of in ((dk, k), (dv, v)))
     return jnp.concatenate(dq, 3), dk, dv, None
 

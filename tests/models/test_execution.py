@@ -48,11 +48,13 @@ def compiled(config, how):
 def test_what_is_computed_again_is_what_it_was(config, remat):
     (value, logits), gradient = compiled(config, Execution())(weights(config))
     (again, same), slope = compiled(config, Execution(remat=remat))(weights(config))
-    np.testing.assert_array_equal(same, logits)
-    np.testing.assert_array_equal(again, value)
+    # Not to the last bit: without residuals to return, XLA fuses the exponentials of tiles in another way, and logits
+    # differ by 7e-7 of the largest (0 with plain attention). The gradient, of cos(logits), by 5e-6.
+    np.testing.assert_allclose(same, logits, rtol=0, atol=1e-6 * np.abs(logits).max())
+    np.testing.assert_allclose(again, value, rtol=0, atol=1e-6 * np.abs(np.sin(logits[SEEN])).sum())
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(gradient)):
         assert np.abs(b).max() > 1e-3
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_less_is_kept_from_policy_to_policy():
@@ -137,7 +139,7 @@ def test_products_with_weights_are_in_the_type_that_is_computed_in():
 @pytest.mark.parametrize(
     ("field", "known"),
     [
-        ("attention", r"'auto', 'plain', 'cudnn', 'splash'"),
+        ("attention", r"'auto', 'plain', 'tiles', 'cudnn', 'splash'"),
         ("remat", r"'none', 'layer', 'dots'"),
         ("dtype", r"None, 'float32', 'bfloat16', 'float16'"),
     ],
