@@ -146,6 +146,8 @@ def begin(config: Config, cache, seen) -> tuple[Begun, dict]:
     if T > S:
         raise ValueError(f"{T} tokens do not fit a cache for {S}; give init_cache the length of prompt and answer")
     prefix, end = cache["prefix"], cache["end"]
+    if T > 1 and not isinstance(end, jax.core.Tracer) and int(end) + T > S:
+        raise ValueError(f"{T} tokens do not fit behind the {int(end)} in a cache for {S}; give init_cache more length")
     if prefix is not None:
         _check_prefix(prefix, len(seen))
     count = cache["count"][:, None] + jnp.cumsum(seen, 1)

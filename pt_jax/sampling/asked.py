@@ -11,6 +11,8 @@ def check_prompts(seen):
     """Fails unless every prompt has a token and its padding in front."""
     if (given := _known(seen)) is None:
         return
+    if given.dtype != bool:
+        raise ValueError(f"seen is of type {given.dtype}; give bool, True for the tokens of the prompts")
     if given.shape[1] == 0:
         raise ValueError("prompts has no column: each prompt must have a token at least")
     bad = np.flatnonzero(~(given[:, -1] & (given[:, 1:] >= given[:, :-1]).all(-1)))

@@ -19,6 +19,7 @@ from pt_jax.sampling.timings import Timings
 
 CHUNK = 16  # steps between two looks at whether any row goes on
 GROWTH = 1.5  # of the cache, from room to room
+PIECE = 512  # tokens of a prompt that are read at once
 
 
 @struct.dataclass
@@ -116,7 +117,7 @@ def sample(
       apply: ``(params, tokens, seen, cache) -> (logits, cache)``, such as ``partial(models.apply, config)``.
       init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``. An axis that grows with
         ``length`` holds one slot a token, filled from the front. Where it has an attribute ``longest``, a prompt and
-        its completion have no more tokens than that together.
+        its completion have no more tokens than that together: ``models.bind`` sets it where positions are learned.
       length: N, the most tokens to sample.
       end_tokens: ids that end a completion; the end token belongs to it. A negative id never comes.
       pad_token: id to fill up with; it may be an end token.
@@ -125,7 +126,8 @@ def sample(
       prompt_ids: [P] int32 that address the random numbers; 0 to P - 1 when None.
       limits: [P * G] int32, the most tokens of each row, from 1 to N; N when None.
       forced: [P * G, N] int32, tokens to take instead of drawing them, -1 where one is to be drawn. With the tokens of
-        a former call this is its replay, with the same log-probabilities to the last bit: it is the same program.
+        a former call this is its replay, with the same log-probabilities to the last bit: it is the same program. Of
+        rows that a stop string has ended, give ``limits=alive.sum(1)`` too: what comes after is no token of theirs.
       entropies: whether to return them.
       keep: names of leaves of the cache to return, such as "routes".
       alternatives: k, how many of the likeliest tokens to return at every position.
@@ -219,9 +221,18 @@ def begin(program, params, prompts, seen, given, sized):
 
 
 def read_prompts(program, params, prompts, seen, sized):
-    """The cache of P rows that have read their prompts, all but the last token, and have room for no other."""
-    P, T = prompts.shape
-    return program.apply(params, prompts[:, :-1], seen[:, :-1], sized(P, T - 1))[1]
+    """The cache of P rows that have read their prompts, all but the last token, and have room for no other.
+
+    Long ones are read in pieces: where attention is written out, its scores are of a piece and not of the whole.
+    """
+    P, read = prompts.shape[0], prompts.shape[1] - 1
+    read_on = lambda cache, text: (program.apply(params, *text, cache)[1], None)
+    rest = read % PIECE if read > PIECE else read
+    first, others = ([x[:, at] for x in (prompts[:, :-1], seen[:, :-1])] for at in (slice(rest), slice(rest, None)))
+    cache = read_on(sized(P, read), first)[0] if rest else sized(P, read)
+    if rest == read:
+        return cache
+    return jax.lax.scan(read_on, cache, [x.reshape(P, -1, PIECE).swapaxes(0, 1) for x in others])[0]
 
 
 def begun(program, params, prompts, seen, given, cache):

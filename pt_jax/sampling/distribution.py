@@ -97,7 +97,7 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def transform(logits, how: Sampling, index=None, history=None):
+def transform(logits, how: Sampling, index=None, history=None, drawn=None):
     """Logits of the distribution that is sampled from: scaled by the temperature, -inf for what cannot be drawn.
 
     Penalties come first, then what is forbidden, then the temperature. top_k, top_p and min_p are each applied to the
@@ -108,6 +108,7 @@ def transform(logits, how: Sampling, index=None, history=None):
       how: the description.
       index: how many tokens of the completion were drawn before, [...] or a scalar; ``min_length`` looks at it.
       history: ``penalties.History`` of [..., V], what came before; the penalties look at it.
+      drawn: [...] int32, a token that top_k, top_p and min_p leave in, whatever its logit; -1: none.
 
     Returns:
       [..., V] float32.
@@ -137,6 +138,8 @@ def transform(logits, how: Sampling, index=None, history=None):
         keep &= (scaled >= _largest_with(lambda kept: mass(kept) >= how.top_p, scaled)) | (jnp.asarray(how.top_p) >= 1)
     if how.min_p is not None:
         keep &= jax.nn.softmax(scaled) >= how.min_p * jnp.max(jax.nn.softmax(scaled), -1, keepdims=True)
+    if drawn is not None:
+        keep |= (_columns(logits) == jnp.expand_dims(drawn, -1)) & ~jnp.isneginf(logits)
     return jnp.where(keep | likeliest, scaled, -jnp.inf)
 
 
@@ -147,6 +150,9 @@ def scored_logits(logits, tokens, seen, mask, how: Sampling):
 
     What the sampler knows when it draws a token is worked out from the row: which tokens are there, how often each was
     drawn, and how many were drawn. It costs nothing when ``how`` does not ask.
+
+    A token that was sampled could be drawn, so top_k, top_p and min_p leave it in. By these logits alone it might not:
+    in 16 bits those of sampler and trainer differ by rounding, and after an update they are of another policy.
 
     Args:
       logits: [B, T, V], row t predicts token t + 1.
@@ -170,8 +176,10 @@ def scored_logits(logits, tokens, seen, mask, how: Sampling):
     """
     checks.shapes(logits=(logits, "B T V"), tokens=(tokens, "B T"))
     how = how.of_rows(len(tokens), axes=2)
+    cuts = any(x is not None for x in (how.top_k, how.top_p, how.min_p))
+    drawn = _next_drawn(jnp.asarray(tokens), mask) if cuts and mask is not None else None
     if how.min_length is None and not penalties.asks(how):
-        return transform(logits, how)
+        return transform(logits, how, drawn=drawn)
     if mask is None:
         raise ValueError("min_length and penalties depend on which tokens were sampled; give the mask [B, T]")
     checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T"), mask=(mask, "B T"))
@@ -180,7 +188,12 @@ def scored_logits(logits, tokens, seen, mask, how: Sampling):
     seen, mask = jnp.asarray(seen), jnp.asarray(mask, bool)
     nothing = penalties.empty(how, len(tokens), logits.shape[-1])
     history = penalties.of_columns(nothing, jnp.asarray(tokens), seen, mask)
-    return transform(logits, how, jnp.cumsum(mask, 1), history)
+    return transform(logits, how, jnp.cumsum(mask, 1), history, drawn)
+
+
+def _next_drawn(tokens, mask):
+    """Of every column, the token that comes next if it was sampled; else -1."""
+    return jnp.pad(jnp.where(jnp.asarray(mask, bool), tokens, -1)[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
 
 
 def _without_forbidden(logits, how, index):
@@ -192,7 +205,8 @@ def _without_forbidden(logits, how, index):
         return logits
     if index is None:
         raise ValueError("min_length depends on how many tokens were drawn before; give transform the index")
-    ends = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(how.end_tokens)].set(True)
+    ends = jnp.asarray(how.end_tokens, jnp.int32)  # a negative one never comes, and is not the last of the vocabulary
+    ends = jnp.zeros(logits.shape[-1], bool).at[jnp.where(ends < 0, logits.shape[-1], ends)].set(True, mode="drop")
     index = jnp.reshape(index, (*jnp.shape(index), *(1,) * (logits.ndim - jnp.ndim(index))))
     return jnp.where((index < how.min_length) & _over(ends, logits), -jnp.inf, logits)
 

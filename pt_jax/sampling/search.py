@@ -40,7 +40,7 @@ def best_of(completions: Completions, scores) -> Completions:
     if not isinstance(scores, jax.core.Tracer) and (bad := np.flatnonzero(np.isneginf(scores).all(1))).size:
         raise ValueError(f"prompt {bad[0]} has no score: all of its samples are NaN")
     best = jnp.arange(P) * G + jnp.argmax(scores, 1)
-    return jax.tree.map(lambda x: jnp.asarray(x)[best], completions.replace(kept={}))
+    return jax.tree.map(lambda x: jnp.asarray(x)[best], completions.replace(kept={}, timings=None))
 
 
 class _Beams(NamedTuple):

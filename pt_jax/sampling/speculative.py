@@ -149,7 +149,8 @@ def _step(program, params, draft_params, given, keys, first, T, state):
     else:
         guesses, draft = _drafted(program, draft_params, given, keys, state)
     tokens = jnp.concatenate([state.token[:, None], guesses], 1)
-    alive = jnp.broadcast_to(state.alive[:, None], tokens.shape)
+    # what lies beyond a row's limit is never asked for, and may lie beyond the positions that the model has learned
+    alive = state.alive[:, None] & (index < given.limits[:, None])
     logits, cache = _read(program.apply, params, tokens, alive, state.cache)
     so_far = penalties.of_columns(state.history, tokens, alive, alive & (jnp.arange(K + 1) > 0)[None])
     logits = transform(logits, given.how, index, so_far)
@@ -179,7 +180,8 @@ def _drafted(program, draft_params, given, keys, state):
 
     def step(carry, xs):
         (cache, history, token), (key, i) = carry, xs
-        logits, cache = _read(apply, draft_params, token[:, None], state.alive[:, None], cache)
+        there = (state.alive & (state.done + i < given.limits))[:, None]
+        logits, cache = _read(apply, draft_params, token[:, None], there, cache)
         history_now = jax.tree.map(lambda x: x[:, None], history)
         logits = transform(logits, given.how, (state.done + i)[:, None], history_now)[:, 0]
         token = draw(key, logits)

@@ -29,9 +29,15 @@ def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
 
 def to_texts(tokenizer, completions, stop=()) -> list[str]:
     """What was sampled in each row, up to its end, without special tokens; and what is before the first stop string."""
+    _check_stop(stop)
     out = jax.device_get(completions)
     rows = [tokens[alive].tolist() for tokens, alive in zip(out.tokens, out.alive)]
     return [before(text, stop) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _check_stop(stop):
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
 
 
 def before(text: str, stop) -> str:
@@ -60,8 +66,7 @@ def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
     Raises:
       ValueError: a stop string is empty, or it is one string instead of several.
     """
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
+    _check_stop(stop)
     longest = max(map(len, stop), default=0)
     decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
     has = lambda text: any(s in text for s in stop)
@@ -153,6 +158,7 @@ def complete(
     Returns:
       Texts, those of one prompt after each other.
     """
+    _check_stop(stop)
     length = batches.bucket(max(map(len, prompts)))
     rows, texts = min(rows, len(prompts)), []
     for i in range(0, len(prompts), rows):

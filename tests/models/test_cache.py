@@ -278,3 +278,10 @@ def test_cudnn_is_handed_all_parts_as_one(dtype, monkeypatch):
     got, expected = (attention.of_cache(name, visible, scale=0.4)(q, parts) for name in ("cudnn", "plain"))
     assert got.shape == q.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_tokens_that_do_not_fit_behind_those_before_are_refused():
+    config, cache = KINDS["no window"], init_cache(KINDS["no window"], 1, 8)
+    cache = begin(config, cache, np.ones((1, 6), bool))[1]
+    with pytest.raises(ValueError, match="4 tokens do not fit behind the 6 in a cache for 8; give init_cache more"):
+        begin(config, cache, np.ones((1, 4), bool))

@@ -59,6 +59,7 @@ OLD[0, :2] = 99  # padding is nothing that is read
         ({"how": Sampling(temperature=np.nan)}, "temperature must be at least 0 and finite, got nan"),
         ({"how": Sampling(top_p=0.0)}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"seen": SEEN & (np.arange(2) > 0)[:, None]}, "prompt 0 is empty or not left-padded"),
+        ({"seen": SEEN.astype(int)}, "seen is of type int64; give bool"),
     ],
 )  # fmt: skip
 def test_a_sentence_says_what_is_wrong(by, more, message):

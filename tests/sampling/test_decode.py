@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample, sample_queue, sample_until, transform
+from pt_jax.sampling import Sampling, decode, sample, sample_queue, sample_until, transform
 
 CONFIG = Config(
     vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False, qk_norm=False
@@ -428,3 +428,13 @@ def test_prompts_that_cannot_be_are_refused():
 def test_prompts_without_any_column_are_refused():
     with pytest.raises(ValueError, match="prompt"):
         completions([[]], length=0, by=sample)
+
+
+@pytest.mark.parametrize("piece", [2, 3, 7])
+def test_a_prompt_that_is_read_in_pieces_gives_the_same_samples(piece, monkeypatch):
+    """7 columns are read: three pieces and a rest, two and a rest, one."""
+    expected = completions(group=2)
+    monkeypatch.setattr(decode, "PIECE", piece)
+    got = completions(group=2, by=lambda *given, **more: sample(*given, **more))
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.logps, expected.logps, rtol=0, atol=1e-5)

@@ -238,3 +238,22 @@ def test_a_scorer_that_is_not_told_what_came_before_is_told_so():
             scored_logits(jnp.asarray(logits), tokens, seen.astype(np.int32), mask, how)
         with pytest.raises(ValueError, match=r"mask has shape \(3, 8\), expected \[B, T\] with T=9"):
             scored_logits(jnp.asarray(logits), tokens, seen, mask[:, 1:], how)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 0.4}, {"min_p": 0.95}])
+def test_a_token_that_was_sampled_is_scored_even_where_rounding_cuts_it_off(cut):
+    """In 16 bits the sampler's logits and the trainer's are not the same, and the last token that passes may not."""
+    logits = np.log(np.float32([[[5, 4, 1], [5, 4, 1], [5, 4, 1]]]))
+    tokens, seen = np.array([[2, 1, 1]]), np.ones((1, 3), bool)
+    for more in ({}, {"presence_penalty": 0.0}):
+        score = lambda mask, more=more: logps.token_logps(
+            scored_logits(jnp.asarray(logits), tokens, seen, mask, Sampling(**cut, **more)), tokens
+        )
+        np.testing.assert_allclose(score(np.array([[0, 1, 0]], bool)), [[0, np.log(4 / 9), -np.inf]], rtol=1e-6)
+    assert np.isneginf(score(np.zeros((1, 3), bool))[0, 1:]).all()
+
+
+def test_an_end_token_that_never_comes_holds_nothing_back():
+    got = transform(jnp.zeros(4), Sampling(min_length=2, end_tokens=(-1, 1)), 0)
+    np.testing.assert_array_equal(np.isneginf(got), [False, True, False, False])
+    assert np.isfinite(transform(jnp.zeros(4), Sampling(min_length=2, end_tokens=()), 0)).all()

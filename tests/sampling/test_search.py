@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Completions, Sampling, beam_search, best_of, sample
+from pt_jax.sampling import Completions, Sampling, beam_search, best_of, sample, timed
 
 V, N, END = 4, 3, 2
 TABLE = np.random.default_rng(4).normal(0, 1.5, (V, V)).astype(np.float32)
@@ -98,3 +98,9 @@ def test_mistakes_are_sentences():
         ask(beams=2, how=Sampling(0.0))
     with pytest.raises(ValueError, match="prompt 0 is empty or not left-padded"):
         beam_search(PARAMS, PROMPTS, ~SEEN, beams=2, **SETTINGS)
+
+
+def test_the_best_of_timed_samples_is_found_too():
+    out = timed(sample, PARAMS, PROMPTS, SEEN, jax.random.key(0), group=4, **SETTINGS)
+    best = best_of(out, np.arange(12.0).reshape(3, 4))
+    np.testing.assert_array_equal(best.tokens, out.tokens[3::4])

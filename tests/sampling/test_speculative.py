@@ -166,3 +166,19 @@ def test_a_cache_forgets_what_it_read_last():
 def test_bad_numbers_are_sentences(more, message):
     with pytest.raises(ValueError, match=message):
         speculate(PARAMS, PROMPTS, SEEN, jax.random.key(1), **settings(Sampling()), **more)
+
+
+@pytest.mark.parametrize("draft", ["look-up", "itself"])
+def test_guesses_beyond_the_learned_positions_change_nothing(draft):
+    """A completion that ends at the last of them: there is no number for what is guessed behind it."""
+    config = Config(
+        vocab=V, layers=2, width=16, heads=2, kv_heads=2, head_width=8, hidden=16, max_length=5 + N,
+        learned_positions=True, norm="layer", gated=False, activation="gelu_tanh", qk_norm=False,
+    )  # fmt: skip
+    model, params = bind(config), weights(config)
+    ask = settings(Sampling(0.8), end_tokens=(), group=1) | {"apply": model.apply, "init_cache": model.init_cache}
+    expected = sample(params, PROMPTS, SEEN, jax.random.key(1), **ask)
+    draft = None if draft == "look-up" else Draft(params, *model)
+    got, _ = speculate(params, PROMPTS, SEEN, jax.random.key(1), draft=draft, ahead=4, **ask)
+    assert_same(got, expected)
+    assert np.isfinite(expected.logps).all()

@@ -92,3 +92,12 @@ def test_few_prompts_are_not_filled_up():
     sampler = Echo()
     text.complete(sampler, {}, Letters(), PROMPTS[:2], None, pad_token=0)
     assert [c.tokens.shape for c in sampler.calls] == [(2, 8)]
+
+
+def test_a_stop_string_is_not_taken_for_its_letters():
+    out = completions([[8, 5, 12]], [[1, 1, 1]])
+    for stop in ("xe", ("",)):
+        with pytest.raises(ValueError, match="stop must be a tuple of strings that are not empty"):
+            text.to_texts(Letters(), out, stop)
+        with pytest.raises(ValueError, match="stop must be a tuple"):
+            text.complete(Echo(), None, Letters(), [np.array([1])], None, pad_token=0, stop=stop)
