@@ -299,9 +299,11 @@ class Fit:
         notes = []
         warn = lambda sentence: notes.append(sentence) if self.tracker is None else self.tracker.warn(sentence)
         with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
-            done = self._resume()
+            done = keeping.step_to_resume(self.options, self.saved)
             if jax.process_count() > 1:
                 several.check_same(keeping.noted(self.options), done)
+            if done is not None:
+                self._resume(done)
             with runs.stage(self.options, name, self.steps, None, done) as (self.tracker, on, logs):
                 for sentence in notes:
                     self.tracker.warn(sentence)
@@ -311,19 +313,16 @@ class Fit:
                 yield self.tracker, on, logs
                 self.saved.wait()
 
-    def _resume(self) -> int | None:
-        """Takes up the state of a checkpoint; the step that it is of, or None."""
-        step = keeping.step_to_resume(self.options, self.saved)
-        if step is None:
-            return None
+    def _resume(self, step: int) -> None:
+        """Takes up the state of a step's checkpoint, and removes the later ones; all processes have agreed on it."""
         where = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         like, self.state = jax.tree.map(where, self.state), None  # there is no room for both
         self.state = self.saved.restore(step, like)
         keeping.check_inputs(self.saved.meta(step), self.options)
+        distributed.everybodys("restored")  # none is to read what is removed
         if several.writes():
             self.saved.go_on_from(step)
         self.done = step
-        return step
 
     def run(self, batch_of_step, on, *, step=None, callbacks=(), bad_batch=None) -> None:
         """All steps that are not done.

@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pt_jax.signals import Stopped
+
 # Seconds without a sign of life after which a process is given up. A tensor of some GiB that is read from a slow disk
 # keeps Python from giving one.
 HEARTBEAT = 30.0
@@ -93,14 +95,14 @@ def stop() -> None:
 def joined(coordinator=None, processes=None, process_id=None, **how):
     """``start`` and ``stop`` around a block; an exception in it ends this process and all others.
 
-    It is printed, the others say which process failed first, and all exit with 1. An exception that says with what
-    ``code`` its process ends (``signals.Stopped``), and SystemExit, go their way: all processes have agreed on them.
+    It is printed, the others say which process failed first, and all exit with 1. ``signals.Stopped`` and SystemExit go
+    their way: all processes have agreed on them.
     """
     start(coordinator, processes, process_id, **how)
     try:
         yield
     except BaseException as e:
-        if not isinstance(e, SystemExit) and not hasattr(e, "code"):
+        if not isinstance(e, SystemExit | Stopped):
             traceback.print_exc()
             give_up(e)
         stop()
