@@ -141,12 +141,15 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
 
     history = []  # of the evaluations
 
+    def at_an_end():
+        return bool(options.patience) and loop.out_of_patience(history, options.patience, max)
+
     def evaluation(step, state, metrics):
         if step % options.eval_every and step != fit.steps:
             return None
         found = evaluate(fit.params_of(state))
         history.append(found["eval_reward"])
-        if options.patience and loop.out_of_patience(history, options.patience, max):
+        if at_an_end():
             raise loop.EndOfTraining(**found)
         return found
 
@@ -155,10 +158,12 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
             on.step(0, evaluate(fit.params))
             history.append(on.latest["eval_reward"])
         history += [record["eval_reward"] for record in fit.records() if "eval_reward" in record and fit.done]
-        fit.run(
-            lambda step: step, on, step=sample_and_update, callbacks=(evaluation,) if held_out else (),
-            bad_batch=lambda step: dict(recent)[step],
-        )  # fmt: skip
+        ended = fit.done and "eval_reward" in on.latest and at_an_end()  # and killed before its model was there
+        if not ended:
+            fit.run(
+                lambda step: step, on, step=sample_and_update, callbacks=(evaluation,) if held_out else (),
+                bad_batch=lambda step: dict(recent)[step],
+            )  # fmt: skip
         fit.save(logs)
     return on.latest
 

@@ -50,14 +50,12 @@ def fit(
       FloatingPointError: the loss or the gradient was not finite ``bad_steps`` times in a row, or once in a step that
         does not skip. Its ``step`` (from 0) and ``state`` are those to look into.
       Stopped: ``stop`` gave a reason; ``state`` is the state, which has been saved.
+      ValueError: an iterator has no batch for a step.
     """
     checks.positive("log_every", log_every)
     checks.positive("bad_steps", bad_steps)
-    batch_of = batch_of_step
-    if not callable(batch_of_step):
-        batches = iter(batch_of_step)
-        batch_of = lambda step: next(batches)
     start, stop = int(state.step) if start is None else start, stop or (lambda step: None)
+    batch_of = batch_of_step if callable(batch_of_step) else _in_order(iter(batch_of_step), start, steps)
     interval = _Interval(on_metrics, bad_steps, int(getattr(state, "bad", 0)))
     if start < steps and (reason := stop(start)):  # nothing is there that was not before
         raise _with(Stopped(reason), step=start, state=state)
@@ -71,7 +69,7 @@ def fit(
                 metrics, ended = metrics | e.metrics, True
         interval.report_full(state)
         interval.add(step, metrics)
-        reason = stop(step) if step < steps else None  # what is done need not be stopped
+        reason = stop(step) if step < steps and not ended else None  # what is done need not be stopped
         due = save is not None and save.due(step)
         if due or reason or ended or step == steps or (step % log_every == 0 and interval.close()):
             values = interval.report(state)
@@ -82,6 +80,21 @@ def fit(
         if ended:
             break
     return state
+
+
+def _in_order(batches, start, steps):
+    """Step number -> the next batch of an iterator."""
+    missing = object()
+
+    def batch_of(step):
+        if (batch := next(batches, missing)) is missing:
+            raise ValueError(
+                f"batch_of_step: ends before step {step + 1}; it had {step - start} batches, and training from step "
+                f"{start} to {steps} takes {steps - start}"
+            )
+        return batch
+
+    return batch_of
 
 
 class EndOfTraining(Exception):

@@ -148,6 +148,28 @@ def test_patience_ends_a_run_and_is_as_long_in_a_run_that_was_stopped(options, t
         run(options("grpo", tmp_path / "three", eval_data=None, **changes))
 
 
+def test_a_run_that_patience_ended_is_not_trained_on_when_it_was_killed_before_its_model(
+    options, tmp_path, monkeypatch
+):
+    found = iter((1.0, 3.0, 2.0, 2.5))  # before the first step, after 1, 2 and 3
+    monkeypatch.setattr(grpo.Evaluation, "__call__", lambda self, params: {"eval_reward": next(found)})
+    changes = {"patience": 2, "eval_every": 1, "kl": 0.0, "updates": 1}
+
+    def killed(fit, logs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(common.Fit, "save", killed)
+        run(options("grpo", tmp_path / "out", **changes))
+    assert checkpoints.complete(tmp_path / "out.unfinished/checkpoints") == [3] and not (tmp_path / "out").exists()
+    log = (tmp_path / "out.unfinished/metrics.jsonl").read_bytes()
+    last = run(options("grpo", tmp_path / "out", resume="auto", **changes))
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == log and last["eval_reward"] == 2.5
+    saved = state_of(tmp_path / "out", 3)
+    for name, x in specs.flat({"params": models.load(tmp_path / "out")[0]}).items():
+        np.testing.assert_array_equal(saved[name], x, name)
+
+
 @pytest.fixture
 def stopped(options, straight, tmp_path):
     """What a run leaves that was killed after its twelfth step: checkpoints 6, 9 and 12."""

@@ -151,6 +151,13 @@ def test_an_iterator_of_batches_is_taken_in_order():
     assert one[1] == two[1]
 
 
+def test_an_iterator_that_is_too_short_is_told_by_the_step():
+    state, _ = fit(new_state(), 2)
+    said = "batch_of_step: ends before step 5; it had 2 batches, and training from step 2 to 6 takes 4"
+    with pytest.raises(ValueError, match=said):
+        fit(state, 6, map(batch_of_step, range(2, 4)))
+
+
 def test_a_callback_sees_every_step_adds_metrics_and_changes_nothing():
     calls = []
 
@@ -172,6 +179,15 @@ def test_a_callback_may_end_the_training_after_its_step():
 
     state, seen = fit(new_state(), 9, callbacks=(enough,))
     assert int(state.step) == 3 and [n for n, _ in seen] == [1, 2, 3] and seen[-1][1]["why"] == 1.5
+
+
+def test_a_training_that_has_come_to_its_end_is_not_stopped():
+    def enough(step, state, metrics):
+        if step == 3:
+            raise loop.EndOfTraining
+
+    state, _ = fit(new_state(), 9, callbacks=(enough,), stop=lambda step: "SIGINT" if step == 3 else None)
+    assert int(state.step) == 3
 
 
 @pytest.mark.parametrize(
