@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import shutil
 from functools import partial
@@ -230,6 +229,7 @@ class Fit:
 
     def __init__(self, options: Training, model: Model, loss_fn, count: int):
         self.options, self.model, self.count = options, model, count
+        self.noted = keeping.noted(options)  # of the files as they were read; they may change while this trains
         self.steps = options.steps or max(1, math.ceil(options.epochs * count / options.batch_size))
         axes, devices = {name: getattr(options, name) for name in AXES}, jax.device_count()
         if devices % math.prod(axes.values()):
@@ -301,7 +301,7 @@ class Fit:
         with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
             done = keeping.step_to_resume(self.options, self.saved)
             if jax.process_count() > 1:
-                several.check_same(keeping.noted(self.options), done)
+                several.check_same(self.noted, done)
             if done is not None:
                 self._resume(done)
             with runs.stage(self.options, name, self.steps, None, done) as (self.tracker, on, logs):
@@ -381,11 +381,10 @@ class Fit:
 
     def _kept(self) -> dict:
         """What ``loop.fit`` is given to save and to stop."""
-        noted = functools.cache(lambda: keeping.noted(self.options))
 
         def save(step, state, values):
             keeping.check_metric(self.options, step, values)
-            self.saved.save(step, state, metrics=values, meta=noted())
+            self.saved.save(step, state, metrics=values, meta=self.noted)
 
         every = loop.every(self.options.checkpoint_every, save, self.saved.poll)
         return {"save": every, "stop": keeping.stop(self.options)}

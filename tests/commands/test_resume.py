@@ -233,6 +233,24 @@ def test_a_run_goes_on_only_as_it_was_begun(options, stopped, folder, tmp_path, 
     assert sorted(stopped.rglob("*")) == before
 
 
+def test_data_that_changes_while_a_run_trains_are_not_what_it_was_begun_with(options, tmp_path, monkeypatch):
+    lines = pathlib.Path(options("sft", tmp_path).data).read_text().splitlines(keepends=True)
+    data, changes = tmp_path / "data.jsonl", {"data": str(tmp_path / "data.jsonl"), "checkpoint_every": None}
+    data.write_text("".join(lines))
+
+    def rewritten(step):
+        if step == 2:
+            data.write_text("".join(reversed(lines)))
+            return "SIGTERM"
+
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        patched.setattr(keeping, "stop", lambda options: rewritten)
+        run(options("sft", tmp_path / "out", **changes))
+    assert checkpoints.complete(tmp_path / "out.unfinished/checkpoints") == [2]
+    with pytest.raises(ValueError, match=r"--data \S+ is not what the run was begun with"):
+        run(options("sft", tmp_path / "out", resume="auto", **changes))
+
+
 def test_another_command_does_not_go_on_with_a_run(options, stopped, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint is of pt-jax sft, this is pt-jax dpo"):
         run(options("dpo", tmp_path / "out", resume="auto"))
