@@ -38,6 +38,12 @@ def run(options: Export) -> None:
     """Reads, checks and writes; of the checkpoint, only what was trained."""
     path = find(options.checkpoint)
     meta = checkpoints.read_meta(path)
+    if meta.get("command") not in COMMANDS:
+        raise ValueError(
+            f"{path}: is not of pt-jax {', '.join(COMMANDS)}, so it does not say what its model is; read it with "
+            "pt_jax.training.checkpoints.restore_part and write it with pt_jax.models.save"
+        )
+    print(f"Exports step {meta['step']} of pt-jax {meta['command']}: {path}")
     of_run = COMMANDS[meta["command"]](**_tuples(meta["options"]))
     if options.fold and of_run.lora_rank is None:
         raise ValueError(f"--fold: {path} is of a run that trained all weights")
@@ -63,9 +69,8 @@ def find(name: str) -> pathlib.Path:
         return path
     for folder in (path / "checkpoints", path, path.with_name(f"{path.name}.unfinished") / "checkpoints"):
         if checkpoints.complete(folder):
-            said = []
-            step = checkpoints.Checkpoints(folder, warn=said.append).newest()
-            return folder / str(step)
+            warn = lambda sentence: print(f"Warning: {sentence}")
+            return folder / str(checkpoints.Checkpoints(folder, warn=warn).newest())
     raise ValueError(f"{name}: has no complete checkpoint; give the folder of one, or of a run that has some")
 
 

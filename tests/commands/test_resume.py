@@ -501,6 +501,27 @@ def test_a_run_that_was_stopped_is_exported_by_its_name(straight, tmp_path):
     assert equal(models.load(full)[0], models.load(tmp_path / "model")[0])
 
 
+def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_step_of_the_model_is_told(straight, tmp_path, capsys):
+    full = straight("sft")
+    saved = tmp_path / "out.unfinished/checkpoints"
+    shutil.copytree(full / "checkpoints", saved)
+    (saved / "12/default/_METADATA").write_text("{}")
+    export.run(export.Export(checkpoint=str(tmp_path / "out"), out=str(tmp_path / "newest")))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"Warning: {saved}/12 is damaged: default/_METADATA has 2 bytes")
+    assert said[1] == f"Exports step 9 of pt-jax sft: {saved}/9"
+    export.run(export.Export(checkpoint=str(full / "checkpoints/9"), out=str(tmp_path / "nine")))
+    assert equal(models.load(tmp_path / "newest")[0], models.load(tmp_path / "nine")[0])
+
+
+def test_a_checkpoint_of_no_command_is_not_exported(tmp_path):
+    with checkpoints.Checkpoints(tmp_path / "mine") as saved:
+        saved.save(3, {"params": {"w": np.ones(2, np.float32)}}, wait=True)
+    with pytest.raises(ValueError, match=r"mine/3: is not of pt-jax sft, dpo, grpo, so it does not say what its model"):
+        export.run(export.Export(checkpoint=str(tmp_path / "mine"), out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_exported_is_told_and_nothing_is_written(straight, folder, tmp_path):
     full = straight("sft")
     broken = shutil.copytree(full / "checkpoints/6", tmp_path / "6")
