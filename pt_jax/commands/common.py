@@ -258,6 +258,9 @@ class Fit:
         self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
         loss_fn = sharding.within(self.mesh, loss_fn)
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
+        if options.profile is not None and options.profile[1] > self.steps:
+            first, last = options.profile
+            raise ValueError(f"--profile {first} {last}: the run has {self.steps} steps; give steps that it has")
         for update in options.capture:
             checks.between("--capture", update, 0, self.updates)
         if options.capture:
@@ -299,6 +302,7 @@ class Fit:
         notes = []
         warn = lambda sentence: notes.append(sentence) if self.tracker is None else self.tracker.warn(sentence)
         with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
+            several.check_shared(self.options.out)
             done = keeping.step_to_resume(self.options, self.saved)
             if jax.process_count() > 1:
                 several.check_same(self.noted, done)
@@ -376,8 +380,11 @@ class Fit:
             yield ()
             return
         folder = runs.unfinished(self.options.out) / "profile"
+        if jax.process_count() > 1:
+            folder /= str(jax.process_index())
         with contextlib.closing(loop.Profile(folder, *self.options.profile)) as profile:
             yield (profile,)
+        distributed.everybodys("profiled")  # number 0 moves the folder once all have written
 
     def _kept(self) -> dict:
         """What ``loop.fit`` is given to save and to stop."""

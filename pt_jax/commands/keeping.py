@@ -31,7 +31,7 @@ class Keeping:
       on_save_error: when a checkpoint cannot be written: "warn" and go on, or "stop".
       bad_steps: steps in a row with a loss or gradient that is not finite (each is skipped) after which to give up; the
         batch is left in OUT.unfinished.
-      max_minutes: stop after so long as a signal would.
+      max_minutes: stop as a signal would, so long after the start of the command.
       profile: record the steps from the first of these numbers to the second for TensorBoard and Perfetto.
       capture: updates (from 0) of which everything is put into the folder steps, for pt-jax replay.
       track: logs to write beside metrics.jsonl.
@@ -68,6 +68,11 @@ def check(options: Keeping) -> None:
     if options.profile is not None and not 2 <= options.profile[0] <= options.profile[1]:
         first, last = options.profile
         raise ValueError(f"--profile {first} {last}: needs 2 <= first <= last; the first step compiles")
+    for name in ("keep_best", "keep_every"):
+        if (value := getattr(options, name)) is not None and options.checkpoint_every is None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is of checkpoints; give --checkpoint-every")
+    if options.capture and jax.process_count() > 1:
+        raise ValueError("--capture: puts down whole arrays, of which each process has a part; do it in one process")
     sinks.check(options.track)
 
 
@@ -165,7 +170,8 @@ def content(path) -> str:
 
 def stop(options: Keeping):
     """For ``loop.fit``: a signal, or the end of the time."""
-    limit = () if options.max_minutes is None else (loop.time_limit(60 * options.max_minutes),)
+    minutes, spent = options.max_minutes, signals.seconds()
+    limit = () if minutes is None else (loop.time_limit(60 * minutes, spent=spent),)
     return distributed.agreed(loop.first_of(lambda step: signals.asked(), *limit))
 
 

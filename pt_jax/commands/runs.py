@@ -20,7 +20,8 @@ from pt_jax.training import checkpoints
 
 TRAINING = ("sft", "dpo", "grpo")
 LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
-KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile", "steps")  # and what some runs write
+TOKEN = "process_0"  # there while several processes find out whether all see this folder
+KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile", "steps", TOKEN)  # and what some runs write
 
 
 def check_out(out, *, overwrite: bool, resume: str = "never", **inputs) -> None:

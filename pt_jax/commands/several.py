@@ -2,11 +2,17 @@
 
 import contextlib
 import dataclasses
+import os
+import secrets
+import time
 
 import jax
 
 from pt_jax import checks, signals
+from pt_jax.commands import runs
 from pt_jax.training import distributed
+
+PATIENCE = 10.0  # seconds in which what one process writes must be seen by the others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,3 +69,38 @@ def check_same(noted: dict, step) -> None:
     """Fails unless all processes run the same options on the same files, from the same step."""
     options = {name: value for name, value in noted["options"].items() if name not in OWN}
     distributed.same(**noted | {"options": options, "step": step})
+
+
+def check_shared(out) -> None:
+    """Fails, on all processes, unless all see in ``runs.unfinished(out)`` what process 0 writes there."""
+    if jax.process_count() == 1:
+        return
+    token = distributed.everybodys(secrets.token_hex(16))[0]  # and all have looked at the folder as it was
+    file = runs.unfinished(out) / runs.TOKEN
+    if writes():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(token)
+    distributed.everybodys("written")
+    sees = distributed.everybodys("" if _comes(file, token) else str(out))
+    if writes():
+        file.unlink()
+        with contextlib.suppress(OSError):  # there is something of an earlier run
+            file.parent.rmdir()
+    for i, theirs in enumerate(sees):
+        if theirs:
+            raise ValueError(
+                f"--out {theirs} of process {i} is not the folder that process 0 writes to; give one that all share"
+            )
+
+
+def _comes(file, token) -> bool:
+    """Whether a file has this text, soon: a network file system remembers for a while what was not there."""
+    limit = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(file.parent.parent)  # looks anew
+            if file.read_text() == token:
+                return True
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)

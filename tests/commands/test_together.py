@@ -1,12 +1,15 @@
 """What several processes agree on before they begin, as one of them sees it: the others' words are made up here."""
 
+import threading
+import types
 import urllib.error
+from concurrent import futures
 
 import jax
 import pytest
 
 from pt_jax import signals
-from pt_jax.commands import sft
+from pt_jax.commands import common, runs, several, sft
 from pt_jax.training import checkpoints, distributed
 
 
@@ -29,11 +32,12 @@ def options(folder, data, tmp_path):
 
 def test_no_checkpoint_is_removed_before_all_agree_on_the_step(options, two, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(sft.common.Fit, "save", lambda *_: 1 / 0)  # as if the run was stopped at its end
+        patched.setattr(common.Fit, "save", lambda *_: 1 / 0)  # as if the run was stopped at its end
         with pytest.raises(ZeroDivisionError):
             sft.run(options())
     saved = tmp_path / "out.unfinished" / "checkpoints"
     assert checkpoints.complete(saved) == [2, 4, 6]
+    monkeypatch.setattr(several, "check_shared", lambda out: None)
     two(lambda said: said.replace('"step": "2"', '"step": "4"'))
     with pytest.raises(ValueError, match=r"^step is 2 on process 0 and 4 on process 1; start all with the same$"):
         sft.run(options(resume="2"))
@@ -56,3 +60,67 @@ def test_only_an_end_that_all_agreed_on_leaves_the_others_alone(monkeypatch, err
     with pytest.raises(type(error)), distributed.joined("here:1", 2, 0):
         raise error
     assert ended == ([] if agreed else [error])
+
+
+def each_says(monkeypatch, outs):
+    """What ``check_shared`` says in processes with these --out, which are threads here."""
+    me, together, said = threading.local(), threading.Barrier(len(outs), timeout=20), {}
+
+    def everybodys(value):
+        said[me.i] = value
+        together.wait()
+        everyones = [said[i] for i in range(len(outs))]
+        together.wait()
+        return everyones
+
+    def check(i):
+        me.i = i
+        try:
+            several.check_shared(outs[i])
+        except ValueError as e:
+            return str(e)
+
+    monkeypatch.setattr(several, "jax", types.SimpleNamespace(
+        process_count=lambda: len(outs), process_index=lambda: me.i
+    ))  # fmt: skip
+    monkeypatch.setattr(distributed, "everybodys", everybodys)
+    monkeypatch.setattr(several, "PATIENCE", 0.2)
+    with futures.ThreadPoolExecutor(len(outs)) as pool:
+        return list(pool.map(check, range(len(outs))))
+
+
+def test_processes_that_share_the_folder_go_on_and_leave_nothing_in_it(tmp_path, monkeypatch):
+    assert each_says(monkeypatch, [tmp_path / "out"] * 3) == [None] * 3
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_one_process_has_for_itself_ends_all(tmp_path, monkeypatch):
+    outs = [tmp_path / host / "out" for host in ("here", "here", "there")]
+    for out in outs:  # of an earlier run, with a token that was left
+        runs.unfinished(out).mkdir(parents=True, exist_ok=True)
+        (runs.unfinished(out) / "run.json").write_text("{}")
+    (runs.unfinished(outs[2]) / runs.TOKEN).write_text("of another start")
+    message = f"--out {outs[2]} of process 2 is not the folder that process 0 writes to; give one that all share"
+    assert each_says(monkeypatch, outs) == [message] * 3
+    assert [path.name for path in runs.unfinished(outs[0]).iterdir()] == ["run.json"]
+    runs.check_out(outs[2], overwrite=False)  # the token of a start that was killed is in nobody's way
+
+
+def test_one_process_asks_nobody_for_the_folder(tmp_path):
+    several.check_shared(tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_step_is_not_captured_in_several_processes(options, two, tmp_path):
+    two()
+    with pytest.raises(ValueError, match=r"^--capture: puts down whole arrays, of which each process has a part; "):
+        sft.run(options(capture=(1,)))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_each_process_writes_a_profile_of_its_own(two, tmp_path, monkeypatch):
+    two()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fit = types.SimpleNamespace(options=types.SimpleNamespace(out=tmp_path / "out", profile=(2, 3)))
+    with common.Fit._profiled(fit) as (profile,):
+        assert profile.folder == tmp_path / "out.unfinished" / "profile" / "1"
