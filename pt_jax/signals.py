@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
 class _Watch:
     def __init__(self):
-        self.asked, self.deferred = None, False
+        self.asked, self.deferred, self.begun = None, False, time.monotonic()
 
 
 _watch: _Watch | None = None
@@ -46,6 +46,11 @@ _watch: _Watch | None = None
 def asked() -> str | None:
     """The name of the signal that has come, or None."""
     return _watch.asked if _watch else None
+
+
+def seconds() -> float:
+    """How long signals have been watched: since the start of a command; 0 where nothing watches them."""
+    return time.monotonic() - _watch.begun if _watch else 0.0
 
 
 @contextlib.contextmanager

@@ -204,10 +204,13 @@ def out_of_patience(values, patience: int, better=min) -> bool:
     return bool(values) and len(values) - 1 - (values.index(better(finite)) if finite else -1) >= patience
 
 
-def time_limit(seconds: float, clock=time.monotonic):
-    """For ``stop``: a reason once so much time has passed since this call. The clock of the wall may jump."""
+def time_limit(seconds: float, clock=time.monotonic, spent: float = 0.0):
+    """For ``stop``: a reason once so much time has passed since this call, at which some of it may be spent already.
+
+    The clock of the wall may jump.
+    """
     checks.positive("seconds", seconds)
-    end = clock() + seconds
+    end = clock() + seconds - spent
     return lambda step: f"the time limit of {seconds:g} seconds" if clock() >= end else None
 
 

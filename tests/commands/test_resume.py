@@ -298,6 +298,20 @@ def test_time_that_is_over_stops_as_a_signal_does(options, tmp_path):
     assert raised.value.code == 75 and raised.value.step == 0  # it was over before the first step
 
 
+def test_time_counts_from_the_start_of_the_command(monkeypatch):
+    """Which reads the model and the data before it trains."""
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    limits = []
+    monkeypatch.setattr(loop, "time_limit", lambda seconds, spent: limits.append((seconds, spent)))
+    with signals.watched():
+        now[0] = 130.0
+        with signals.deferred():
+            keeping.stop(keeping.Keeping(max_minutes=2))
+    keeping.stop(keeping.Keeping(max_minutes=2))
+    assert limits == [(120, 30.0), (120, 0.0)]
+
+
 @pytest.mark.parametrize("bad_steps", [1, 2])
 def test_a_batch_that_spoils_the_run_is_left_for_whoever_looks(options, tmp_path, monkeypatch, bad_steps):
     make = sft_recipe.make_batch
@@ -426,6 +440,8 @@ def test_a_profile_is_in_the_folder(options, tmp_path, monkeypatch):
     assert traced == [str(tmp_path / "out.unfinished/profile"), "end"]
     with pytest.raises(ValueError, match="--profile 1 3: needs 2 <= first <= last"):
         run(options("sft", tmp_path / "new", profile=(1, 3)))
+    with pytest.raises(ValueError, match="--profile 11 13: the run has 12 steps; give steps that it has"):
+        run(options("sft", tmp_path / "new", profile=(11, 13)))
 
 
 @pytest.mark.parametrize("how", ["warn", "stop"])
@@ -466,6 +482,10 @@ def test_the_options_of_keeping_are_all_looked_at():
     for name in ("checkpoint_every", "keep", "keep_every", "bad_steps", "max_minutes"):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be above 0, got 0"):
             keeping.check(types.SimpleNamespace(**dataclasses.asdict(keeping.Keeping()) | {name: 0}))
+    for name, value in (("keep_best", "loss"), ("keep_every", 4)):
+        with pytest.raises(ValueError, match=f"--keep-.* {value} is of checkpoints; give --checkpoint-every"):
+            keeping.check(keeping.Keeping(**{name: value}))
+    keeping.check(keeping.Keeping(keep_best="loss", keep_every=4, checkpoint_every=2))
     assert loop.first_of()(3) is None
 
 

@@ -245,6 +245,11 @@ def test_a_time_limit_counts_from_when_it_was_made():
     assert stop(1) is None
     now[0] = 110.0
     assert stop(2) == "the time limit of 10 seconds"
+    stop = loop.time_limit(10, clock=lambda: now[0], spent=4)
+    now[0] = 115.9
+    assert stop(1) is None
+    now[0] = 116.0
+    assert stop(2) == "the time limit of 10 seconds"
 
 
 def test_a_step_is_compiled_ahead_once_and_says_what_it_takes(caplog):
