@@ -115,6 +115,15 @@ def test_what_is_not_the_same_everywhere_is_named(start, tmp_path):
         assert "options.weight_decay is 0.0 on process 0 and 0.5 on process 1" in text
 
 
+def test_a_folder_that_is_not_shared_ends_both_before_they_train(start, tmp_path):
+    own = tmp_path / "own" / "out"
+    codes, texts = ended(start(tmp_path / "out", [], ["--out", str(own)]))
+    assert codes == [2, 2], texts
+    for text in texts:
+        assert f"--out {own} of process 1 is not the folder that process 0 writes to" in " ".join(text.split())
+    assert not [*tmp_path.iterdir()]
+
+
 def test_bad_input_of_one_process_ends_both(start, tmp_path):
     codes, texts = ended(start(tmp_path / "out", [], ["--data", str(tmp_path / "none.jsonl")]))
     assert codes == [1, 2], texts
