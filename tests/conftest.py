@@ -19,6 +19,9 @@ hypothesis.settings.register_profile("stable", max_examples=25, deadline=None, d
 hypothesis.settings.load_profile("stable")
 
 
+collect_ignore = ["several_processes.py"]  # a program for processes of their own, which reads its arguments at once
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_end_with_their_module():
     """Thousands of compiled programs would fill the memory of a small machine."""

@@ -239,7 +239,7 @@ class Coarse(linear.Weight):
         return self.codes.astype(dtype) * jnp.asarray(self.unit, dtype)
 
     def einsum(self, equation, x):
-        return jnp.einsum(equation, x, self.dense(x.dtype))
+        return linear.einsum(equation, x, self.dense(x.dtype))
 
     def take(self, rows):
         return self.codes[rows].astype(jnp.float32) * self.unit
