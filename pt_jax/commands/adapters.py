@@ -53,21 +53,22 @@ def read_config(path) -> models.Config:
     return huggingface.read_config(huggingface.local(peft.base(folder)) if peft.is_adapter(folder) else folder)
 
 
-def read(path, quantize=None):
+def read(path, quantize=None, place=None):
     """The weights of a folder, with an adapter folded into its base.
 
     Args:
       path: of a model, or a PEFT folder.
       quantize: a name of ``QUANTIZED``.
+      place: as of ``models.load``.
 
     Returns:
       params, config, and the folder whose tokenizer is theirs.
     """
     folder = huggingface.local(path)
     if not peft.is_adapter(folder):
-        return *models.load(folder, quantize=QUANTIZED[quantize]), folder
+        return *models.load(folder, place=place, quantize=QUANTIZED[quantize]), folder
     base = huggingface.local(peft.base(folder))
-    params, config = models.load(base)
+    params, config = models.load(base, place=place)
     adapters, how = peft.load(folder, config, params)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     params = lora.fold(params, adapters, how)

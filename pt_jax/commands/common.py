@@ -158,9 +158,24 @@ def _sample_by_layer(config):
     return lambda params, *given, **settings: sample(by_layer(params), *given, **settings)
 
 
-def open_model(folder, quantize=None, how=models.Execution()) -> Model:  # noqa: B008, it does not change
+def open_to_train(options) -> Model:
+    """The model that a training command starts from, each weight straight to the devices that will hold it."""
+    place = partial(sharding.by_name, mesh=mesh_of(options)) if jax.process_count() == 1 else None
+    return open_model(options.model, options.quantize, options.execution, place)
+
+
+def mesh_of(options):
+    """The mesh that a training command asks for; it is the same object for the same axes."""
+    axes, devices = {name: getattr(options, name) for name in AXES}, jax.device_count()
+    if devices % math.prod(axes.values()):
+        given = " x ".join(f"--{name} {n}" for name, n in axes.items() if n > 1)
+        raise ValueError(f"{given} does not divide {devices} devices")
+    return sharding.make_mesh(**axes)
+
+
+def open_model(folder, quantize=None, how=models.Execution(), place=None) -> Model:  # noqa: B008, it does not change
     """Reads a model folder with its tokenizer; of a PEFT folder, its base with the adapter folded in."""
-    params, config, at = adapters.read(folder, quantize)
+    params, config, at = adapters.read(folder, quantize, place)
     tokenizer = tokenizers.load(at)
     models.vocabulary.check(tokenizer, config, folder)
     return Model(str(folder), params, config, tokenizer, how)
@@ -231,12 +246,8 @@ class Fit:
         self.options, self.model, self.count = options, model, count
         self.noted = keeping.noted(options)  # of the files as they were read; they may change while this trains
         self.steps = options.steps or max(1, math.ceil(options.epochs * count / options.batch_size))
-        axes, devices = {name: getattr(options, name) for name in AXES}, jax.device_count()
-        if devices % math.prod(axes.values()):
-            given = " x ".join(f"--{name} {n}" for name, n in axes.items() if n > 1)
-            raise ValueError(f"{given} does not divide {devices} devices")
-        self.mesh = sharding.make_mesh(**axes)
-        hold, parts = devices // (options.tensor * options.context), options.microbatches
+        self.mesh = mesh_of(options)
+        hold, parts = jax.device_count() // (options.tensor * options.context), options.microbatches
         self.parts = hold * parts  # that the rows of a batch are split into
         if options.batch_size % self.parts:
             raise ValueError(
@@ -252,9 +263,10 @@ class Fit:
             own_key = jax.random.fold_in(key, SEEDS - 1)  # no step's
             trained = jax.jit(lora.init, static_argnums=2)(own_key, model.params, self.how)
             loss_fn = lora.adapted(loss_fn, self.how)
-        state = init_state(trained, optimizer, key)
-        layout = sharding.by_name(state, self.mesh)
-        self.state = sharding.place(state, layout)
+        trained = sharding.place(trained, sharding.by_name(trained, self.mesh))
+        begin = partial(init_state, optimizer=optimizer, key=key)
+        layout = sharding.by_name(jax.eval_shape(begin, trained), self.mesh)
+        self.state = jax.jit(begin, out_shardings=layout)(trained)  # moments are made where they will lie
         self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
         loss_fn = sharding.within(self.mesh, loss_fn)
         self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)

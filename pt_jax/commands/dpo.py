@@ -37,7 +37,7 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
     """
     common.check_numbers(options, above_0=("beta", "max_length"), at_least_0=("nll",), label_smoothing=(0.0, 0.5))
     rows = common.check_options(options, kinds=("preference",))
-    model = common.open_model(options.model, options.quantize, options.execution)
+    model = common.open_to_train(options)
     pairs = [encode.preference(model.tokenizer, row) for row in rows]
     for pair in pairs:
         for example in pair:

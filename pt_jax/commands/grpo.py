@@ -86,7 +86,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
     reward = find_reward(options.reward)
     try_reward(options.reward, reward, rows, held_out)
-    model = common.open_model(options.model, options.quantize, options.execution)
+    model = common.open_to_train(options)
     how = Sampling(temperature=options.temperature)
     loss_fn = recipe.make_loss(
         model.apply, how=how, kl=options.kl, clip_low=options.clip_low, clip_high=options.clip_high

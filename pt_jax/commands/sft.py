@@ -42,7 +42,7 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
     """
     common.check_numbers(options, above_0=("max_length",))
     rows = common.check_options(options, kinds=("text", "messages", "completion"))
-    model = common.open_model(options.model, options.quantize, options.execution)
+    model = common.open_to_train(options)
     examples = [encode.supervised(model.tokenizer, row) for row in rows]
     for example in examples:
         model.check_length(example.tokens, example.source, limit=options.max_length)

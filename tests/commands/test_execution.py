@@ -81,7 +81,19 @@ def test_every_command_opens_its_model_so(folder, data, tmp_path, monkeypatch, m
     )
     with pytest.raises(ZeroDivisionError):
         module.run(options)
-    assert asked == [(str(folder), None, models.Execution(remat="dots", dtype="bfloat16"))]
+    [(*given, place)] = asked
+    assert given == [str(folder), None, models.Execution(remat="dots", dtype="bfloat16")]
+    assert place.keywords["mesh"].size == 8
+
+
+def test_with_fsdp_no_device_holds_the_whole_model_or_its_moments(folder, data):
+    """From the moment they are read, and made: a model that needs eight devices is on one of them at no time."""
+    options = sft.SFT(model=str(folder), data=data["completion"], out="", fsdp=8, steps=1, batch_size=8)
+    model = common.open_to_train(options)
+    fit = common.Fit(options, model, recipe.make_loss(model.apply), 8)
+    for tree in (model.params, fit.state.params, fit.state.opt_state):
+        large = [x for x in jax.tree.leaves(tree) if x.ndim > 1 and x.size > 500]
+        assert large and {x.size // x.addressable_shards[0].data.size for x in large} == {8}
 
 
 # ---- packing

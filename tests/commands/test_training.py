@@ -218,7 +218,7 @@ BAD = {
     "microbatches": ("sft", {"microbatches": 3}, "--microbatches 3 does not divide --batch-size 8"),
     "batch": ("sft", {"batch_size": 4}, "--batch-size 4 must be a multiple of 8"),
     "mesh": ("sft", {"fsdp": 3}, "--fsdp 3 does not divide 8 devices"),
-    "heads": ("sft", {"tensor": 4}, "mesh axis tensor=4 does not divide axis 2 of params.layers.wk"),
+    "heads": ("sft", {"tensor": 4}, "mesh axis tensor=4 does not divide axis 2 of layers.wk, which is 1"),
     "long rows": ("sft", {"max_length": 5}, r"completion.jsonl:1: has \d+ tokens, the limit is 5"),
     "no length": ("sft", {"max_length": 0}, "--max-length must be above 0"),
     "no length of a pair": ("dpo", {"max_length": -5}, "--max-length must be above 0"),
