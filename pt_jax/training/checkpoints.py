@@ -7,6 +7,7 @@ checkpoint is complete when that is there; anything else is what a killed run or
 
 import json
 import logging
+import math
 import pathlib
 import shutil
 import threading
@@ -22,6 +23,7 @@ from pt_jax.training import manifests, specs
 FORMAT = 1  # of a checkpoint's folder; a change that this code could not read gets a new number
 META = "meta.json"
 _ARRAYS, _BEGUN = "default", "_CHECKPOINT_METADATA"  # Orbax's names
+_REMOVED, _DAMAGED = ".removed", ".damaged"  # of folders that are no checkpoint any more
 
 
 class Checkpoints:
@@ -99,11 +101,13 @@ class Checkpoints:
         """
         self.wait()
         self._close()  # Orbax remembers what there was
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if path.suffix == _REMOVED:
+                shutil.rmtree(path, ignore_errors=True)
             if not _is_step(path):
                 continue
             if int(path.name) in self._damaged:
-                aside = path.with_name(f"{path.name}.damaged")
+                aside = path.with_name(path.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             elif int(path.name) > step if _is_complete(path) else (path / _BEGUN).exists() or not any(path.iterdir()):
@@ -183,10 +187,17 @@ class Checkpoints:
         steps = complete(self.folder)
         kept = {*steps[-self.keep :]} | {s for s in steps if self.every is not None and s % self.every == 0}
         if self.best is not None:
-            kept.add(max(steps, key=lambda s: self.best(read_meta(self.folder / str(s))["metrics"])))
+            kept.add(max(steps, key=self._worth))
         for step in steps:
             if step not in kept:
                 _remove(self.folder / str(step))
+
+    def _worth(self, step):
+        """What ``best`` says of a checkpoint; the least, where its notes are damaged."""
+        try:
+            return self.best(self.meta(step)["metrics"])
+        except ValueError:
+            return -math.inf
 
     def _close(self):
         manager, self._manager = self._manager, None
@@ -205,7 +216,7 @@ def complete(folder, warn=lambda sentence: None) -> list[int]:
             found.append(int(path.name))
         elif _is_step(path):
             warn(f"{path} is not a complete checkpoint, it has no {manifests.NAME}; it is not used")
-        elif path.suffix != ".damaged":
+        elif path.suffix not in (_DAMAGED, _REMOVED):
             warn(f"{path} is no checkpoint; it is not used")
     return sorted(found)
 
@@ -299,9 +310,11 @@ def _is_complete(path) -> bool:
 
 
 def _remove(path) -> None:
-    """A checkpoint, so that one that is half removed is not taken for a damaged one."""
-    (path / manifests.NAME).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """A checkpoint, in one move: what a run that is killed meanwhile leaves is nobody's checkpoint, and goes later."""
+    removed = path.with_name(path.name + _REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _several(faults) -> str:

@@ -138,6 +138,39 @@ def test_what_is_kept(tmp_path):
     assert save_all(tmp_path / "b", range(1, 10), small, keep=1, every=3, best=best).steps() == [3, 4, 6, 9]
 
 
+@pytest.mark.parametrize("gone", range(4))
+def test_a_kill_while_an_old_one_is_removed_leaves_nothing_for_good(copy, monkeypatch, gone):
+    """Whichever of its files were removed by then: none, some, or only the folders are left."""
+
+    class Killed(BaseException):
+        pass
+
+    def remove(path, ignore_errors=False):
+        if not path.exists():
+            return
+        files = sorted(x for x in path.rglob("*") if x.is_file())
+        for file in files[: len(files) * gone // 3]:
+            file.unlink()
+        raise Killed
+
+    with Checkpoints(copy, warn=pytest.fail) as saved:
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(shutil, "rmtree", remove)
+            saved.keep = 1
+            saved._drop()
+        assert saved.steps() in ([1, 2], [2]) and saved.newest() == 2
+        saved.go_on_from(2)
+        saved.save(3, tree(3), wait=True)
+    assert [x.name for x in copy.iterdir()] == ["3"]
+
+
+def test_a_damaged_note_of_an_old_one_does_not_fail_the_save_of_a_new_one(copy):
+    (copy / "1/meta.json").write_text("{")
+    with Checkpoints(copy, best=lambda metrics: -metrics["loss"], keep=1, warn=pytest.fail) as saved:
+        saved.save(3, tree(3), metrics={"loss": 9.0}, wait=True)
+        assert saved.steps() == [2, 3]
+
+
 @pytest.mark.parametrize("how", ["delete", "cut", "flip", "zero"])
 def test_every_damaged_file_is_named_and_the_one_before_is_used(two, copy, how):
     names = sorted(p.relative_to(two / "2").as_posix() for p in (two / "2").rglob("*") if p.is_file())
