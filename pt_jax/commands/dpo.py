@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pt_jax.commands import common
+from pt_jax.commands import common, fitting
 from pt_jax.data import batches, encode
 from pt_jax.recipes import dpo as recipe
 from pt_jax.recipes.score import make_score
@@ -43,7 +43,7 @@ def run(options: DPO, tracker=None, stage: str = "dpo") -> dict:
         for example in pair:
             model.check_length(example.tokens, example.source, limit=options.max_length)
     loss_fn = recipe.make_loss(model.apply, beta=options.beta, label_smoothing=options.label_smoothing, nll=options.nll)
-    fit = common.Fit(options, model, loss_fn, len(pairs))
+    fit = fitting.Fit(options, model, loss_fn, len(pairs))
     length = batches.bucket(max(len(example.tokens) for pair in pairs for example in pair))
     score = make_score(model.apply)
     how = {"pad_token": model.pad_token, "length": length, "rows": options.batch_size}

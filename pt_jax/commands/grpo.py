@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from pt_jax import advantages, weights
-from pt_jax.commands import common
+from pt_jax.commands import common, fitting
 from pt_jax.data import batches, encode
 from pt_jax.data import rows as data_rows
 from pt_jax.recipes import grpo as recipe
@@ -91,7 +91,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     loss_fn = recipe.make_loss(
         model.apply, how=how, kl=options.kl, clip_low=options.clip_low, clip_high=options.clip_high
     )
-    fit = common.Fit(options, model, loss_fn, len(rows))
+    fit = fitting.Fit(options, model, loss_fn, len(rows))
     prompts = encode_prompts(model, rows, options.max_new_tokens)
     length = batches.bucket(max(map(len, prompts)))
     sampler = model.sampler(options.max_new_tokens, how)

@@ -181,7 +181,7 @@ def leave_batch(error, batch, fit) -> None:
     Args:
       error: FloatingPointError of ``loop.fit``.
       batch: the arrays.
-      fit: the run, a ``common.Fit``.
+      fit: the run, a ``fitting.Fit``.
     """
     if jax.process_index():  # number 0 writes it
         return

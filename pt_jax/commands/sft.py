@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from pt_jax import weights
-from pt_jax.commands import common
+from pt_jax.commands import common, fitting
 from pt_jax.data import batches, encode, packing
 from pt_jax.recipes import sft as recipe
 
@@ -46,7 +46,7 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
     examples = [encode.supervised(model.tokenizer, row) for row in rows]
     for example in examples:
         model.check_length(example.tokens, example.source, limit=options.max_length)
-    fit = common.Fit(options, model, recipe.make_loss(model.apply), len(examples))
+    fit = fitting.Fit(options, model, recipe.make_loss(model.apply), len(examples))
     length = batches.bucket(max(len(e.tokens) for e in examples))
 
     how = {"pad_token": model.pad_token, "weigh": MEANS[options.mean], "length": length}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pt_jax import models
-from pt_jax.commands import common, dpo, grpo, sft
+from pt_jax.commands import common, dpo, fitting, grpo, sft
 from pt_jax.data import rows
 from pt_jax.recipes import sft as recipe
 from pt_jax.sampling import Sampling
@@ -90,7 +90,7 @@ def test_with_fsdp_no_device_holds_the_whole_model_or_its_moments(folder, data):
     """From the moment they are read, and made: a model that needs eight devices is on one of them at no time."""
     options = sft.SFT(model=str(folder), data=data["completion"], out="", fsdp=8, steps=1, batch_size=8)
     model = common.open_to_train(options)
-    fit = common.Fit(options, model, recipe.make_loss(model.apply), 8)
+    fit = fitting.Fit(options, model, recipe.make_loss(model.apply), 8)
     for tree in (model.params, fit.state.params, fit.state.opt_state):
         large = [x for x in jax.tree.leaves(tree) if x.ndim > 1 and x.size > 500]
         assert large and {x.size // x.addressable_shards[0].data.size for x in large} == {8}

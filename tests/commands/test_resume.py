@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pt_jax import models, signals
-from pt_jax.commands import common, dpo, export, grpo, keeping, sft
+from pt_jax.commands import common, dpo, export, fitting, grpo, keeping, sft
 from pt_jax.models import lora, peft
 from pt_jax.recipes import sft as sft_recipe
 from pt_jax.tracking import metrics, sinks
@@ -159,7 +159,7 @@ def test_a_run_that_patience_ended_is_not_trained_on_when_it_was_killed_before_i
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(common.Fit, "save", killed)
+        patched.setattr(fitting.Fit, "save", killed)
         run(options("grpo", tmp_path / "out", **changes))
     assert checkpoints.complete(tmp_path / "out.unfinished/checkpoints") == [3] and not (tmp_path / "out").exists()
     log = (tmp_path / "out.unfinished/metrics.jsonl").read_bytes()
@@ -353,7 +353,7 @@ def test_dropping_any_leaf_of_the_state_would_show(options, folder, tmp_path):
     """Were one not saved, a resumed run would have what a fresh one has, or nothing."""
     given = options("sft", tmp_path / "out")
     model = common.open_model(folder)
-    fit = common.Fit(given, model, sft_recipe.make_loss(model.apply), 16)
+    fit = fitting.Fit(given, model, sft_recipe.make_loss(model.apply), 16)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 300, (6, 16, 8)).astype(np.int32)
     mask = np.ones((16, 8), bool)

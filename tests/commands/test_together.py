@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from pt_jax import signals
-from pt_jax.commands import common, runs, several, sft
+from pt_jax.commands import fitting, runs, several, sft
 from pt_jax.training import checkpoints, distributed
 
 
@@ -32,7 +32,7 @@ def options(folder, data, tmp_path):
 
 def test_no_checkpoint_is_removed_before_all_agree_on_the_step(options, two, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(common.Fit, "save", lambda *_: 1 / 0)  # as if the run was stopped at its end
+        patched.setattr(fitting.Fit, "save", lambda *_: 1 / 0)  # as if the run was stopped at its end
         with pytest.raises(ZeroDivisionError):
             sft.run(options())
     saved = tmp_path / "out.unfinished" / "checkpoints"
@@ -122,5 +122,5 @@ def test_each_process_writes_a_profile_of_its_own(two, tmp_path, monkeypatch):
     two()
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     fit = types.SimpleNamespace(options=types.SimpleNamespace(out=tmp_path / "out", profile=(2, 3)))
-    with common.Fit._profiled(fit) as (profile,):
+    with fitting.Fit._profiled(fit) as (profile,):
         assert profile.folder == tmp_path / "out.unfinished" / "profile" / "1"

@@ -15,7 +15,7 @@ import pytest
 from small_models import jit
 
 from pt_jax import models
-from pt_jax.commands import adapters, common, dpo, grpo, keeping, several, sft
+from pt_jax.commands import adapters, common, dpo, fitting, grpo, keeping, several, sft
 from pt_jax.data import encode, rows
 from pt_jax.tracking import metrics
 from pt_jax.tracking.tracker import Tracker
@@ -369,7 +369,7 @@ def spoiled(fit, *_):
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_that_fails_saves_nothing_and_loses_nothing(folder, data, earlier, monkeypatch, run, error, said, again):
     out = earlier if again else earlier.with_name("new")
-    monkeypatch.setattr(common.Fit, "run", run)
+    monkeypatch.setattr(fitting.Fit, "run", run)
     before = bytes_of(earlier)
     with pytest.raises(error, match=said):
         sft.run(sft.SFT(model=str(folder), data=data["completion"], out=str(out), overwrite=again, **BASE))
