@@ -71,7 +71,21 @@ def init_state(params, optimizer, key, *, averages=None, reference=None, extra=N
     master = lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
     params, averages = jax.tree.map(master, (params, averages))
     reference, extra, key = jax.tree.map(lambda x: jnp.array(x), (reference, extra or {}, key))
-    return TrainState(params, optimizer.init(params), jnp.int32(0), key, averages, reference, extra)
+    return _beside(params, TrainState(params, optimizer.init(params), jnp.int32(0), key, averages, reference, extra))
+
+
+def _beside(params, state):
+    """The state with all its leaves bound to devices, where those of the parameters are.
+
+    After a step all are, and a step of a state that is bound in part would be compiled a second time.
+    """
+    bound = lambda x: isinstance(x, jax.core.Tracer) or x.committed
+    where = [x.sharding for x in jax.tree.leaves(params) if not isinstance(x, jax.core.Tracer) and x.committed]
+    if not where:
+        return state
+    of = where[0]
+    whole = jax.sharding.NamedSharding(of.mesh, jax.sharding.PartitionSpec()) if hasattr(of, "mesh") else of
+    return jax.tree.map(lambda x: x if bound(x) else jax.device_put(x, whole), state)
 
 
 def make_train_step(loss_fn, optimizer, *, microbatches=1, shardings=None, frozen_of=None, after=(), skip_when=None):

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear_steps import SGD, linear, linear_batch, linear_state, linear_step
 
 from pt_jax import weights
 from pt_jax.recipes import dpo, grpo, sft
-from pt_jax.training import init_state, make_train_step, optimizers, sharding
+from pt_jax.training import init_state, make_train_step, optimizers
 
 VOCAB, ROWS, COLUMNS = 11, 8, 7
 LENGTHS = np.array([6, 3, 0, 5, 1, 4, 6, 2])  # scored tokens; no two halves are alike
@@ -78,9 +79,6 @@ def make_batch(method, rule):
         batch |= {"old_logps": nats(), "ref_logps": nats(), "advantages": gains}
         batch["fresh"] = np.arange(ROWS) % 3 == 0
     return batch
-
-
-SGD = optax.sgd(0.3)
 
 
 @functools.cache
@@ -159,33 +157,6 @@ def test_a_batch_given_twice_over_is_the_same_batch(params):
         assert_close(b.params, a.params)
 
 
-def linear(params, frozen, batch, key):
-    """A loss to watch the step by: its metrics say what it was given."""
-    x = jnp.einsum("bd,d->b", batch["x"], params["w"])
-    metrics = {
-        "row": batch["x"][:, 0],
-        "rows": batch["x"],
-        "sum": batch["x"].sum(),
-        "count": jnp.int32(len(batch["x"])),
-        "noise": jax.random.uniform(key, x.shape),
-    }
-    return weights.weighted_sum(x - frozen, batch["weights"]), metrics
-
-
-@functools.cache
-def linear_step(microbatches):
-    return make_train_step(linear, SGD, microbatches=microbatches)
-
-
-def linear_batch(rows=8):
-    x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
-    return {"x": x, "weights": np.full(rows, 1 / rows, np.float32)}
-
-
-def linear_state(optimizer=SGD, seed=0):
-    return init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(seed))
-
-
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
 def test_metrics_of_rows_come_back_in_the_order_of_the_batch_and_scalars_add(microbatches):
     batch = linear_batch()
@@ -195,99 +166,6 @@ def test_metrics_of_rows_come_back_in_the_order_of_the_batch_and_scalars_add(mic
     np.testing.assert_allclose(metrics["sum"], batch["x"].sum(), rtol=1e-5)
     assert metrics["count"] == 8
     assert metrics["loss"].shape == metrics["grad_norm"].shape == ()
-
-
-def poisoned(at, what, leaf="x"):
-    """A batch a step; those of these numbers hold something that is not finite."""
-
-    def batch(i):
-        out = linear_batch()
-        return out | ({leaf: np.where(np.arange(8) == 5, what, out[leaf].T).T.astype(np.float32)} if i in at else {})
-
-    return batch
-
-
-EVERYTHING = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1))
-
-
-def count_good(state, metrics):
-    return state.replace(extra={"sum": state.extra["sum"] + metrics["sum"]}, averages=jax.tree.map(
-        lambda a, p: 0.9 * a + 0.1 * p, state.averages, state.params
-    ))  # fmt: skip
-
-
-@functools.cache
-def guarded_step(microbatches):
-    return make_train_step(linear, EVERYTHING, microbatches=microbatches, after=[count_good])
-
-
-def guarded_state():
-    start = {"w": jnp.ones(3)}
-    return init_state(start, EVERYTHING, jax.random.key(0), averages=start, extra={"sum": jnp.float32(0)})
-
-
-def plain(tree):
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
-
-
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize(("what", "leaf"), [(np.nan, "x"), (np.inf, "x"), (-np.inf, "weights"), (np.nan, "weights")])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(what, leaf, microbatches):
-    """One row of one microbatch is enough. Without the guard, a clip by the norm makes every parameter NaN."""
-    step, state, batch, seen = guarded_step(microbatches), guarded_state(), poisoned({1, 2}, what, leaf), []
-    for i in range(5):
-        state, metrics = step(state, np.float32(0), batch(i))
-        seen.append((plain(state), int(metrics["skipped"])))
-    assert [skipped for _, skipped in seen] == [0, 1, 1, 0, 0]
-    assert [(int(s.step), int(s.skipped), int(s.bad)) for s, _ in seen] == [
-        (1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 2, 0),
-    ]  # fmt: skip
-    counts = {"step": 0, "skipped": 0, "bad": 0}
-    for s, _ in seen[1:3]:
-        jax.tree.map(np.testing.assert_array_equal, s.replace(**counts), seen[0][0].replace(**counts))
-    assert not np.array_equal(seen[3][0].params["w"], seen[2][0].params["w"])
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(seen[4][0]))
-
-
-def test_a_loss_that_is_not_finite_is_enough():
-    """Its gradient may be: the gradient of what is added to it is 0."""
-    loss = lambda params, frozen, batch, key: (params["w"].sum() + frozen, {})
-    step, state = make_train_step(loss, SGD), linear_state()
-    state, metrics = step(state, np.float32(np.inf), linear_batch())
-    assert (int(metrics["skipped"]), float(metrics["grad_norm"])) == (1, pytest.approx(3**0.5))
-    np.testing.assert_array_equal(state.params["w"], np.ones(3))
-
-
-def test_a_gradient_that_is_not_finite_is_enough():
-    """The square root of 0 is 0, and has no slope."""
-    loss = lambda params, frozen, batch, key: (jnp.sqrt(params["w"] * 0).sum(), {})
-    state, metrics = make_train_step(loss, SGD)(linear_state(), None, linear_batch())
-    assert (int(metrics["skipped"]), float(metrics["loss"])) == (1, 0.0)
-    np.testing.assert_array_equal(state.params["w"], np.ones(3))
-
-
-def test_a_row_that_is_not_finite_on_one_device_is_skipped_by_all():
-    mesh = sharding.make_mesh(8)
-    state, batch = guarded_state(), poisoned({1}, np.nan)
-    layout = sharding.by_name(state, mesh)
-    step = make_train_step(linear, EVERYTHING, after=[count_good], shardings=layout)
-    state, seen = jax.device_put(state, layout), []
-    for i in range(2):
-        state, metrics = step(state, np.float32(0), jax.device_put(batch(i), sharding.rows(mesh)))
-        seen.append([(float(s.data), w.data.tolist()) for s, w in zip(
-            metrics["skipped"].addressable_shards, state.params["w"].addressable_shards
-        )])  # fmt: skip
-    assert [{skipped for skipped, _ in one} for one in seen] == [{0.0}, {1.0}]
-    assert all(w == seen[0][0][1] for one in seen for _, w in one) and len(seen[0]) == 8
-
-
-def test_averages_and_reference_lie_as_the_parameters_do():
-    tree = {"embed": jnp.zeros((8, 4)), "layers": {"wq": jnp.zeros((2, 4, 2, 3)), "attn_norm": jnp.zeros((2, 4))}}
-    state = init_state(tree, EVERYTHING, jax.random.key(0), averages=tree, reference=tree, extra={"kl": 0.1})
-    layout = sharding.by_name(state, sharding.make_mesh(2, 2, 2))
-    assert layout.averages == layout.reference == layout.params
-    assert layout.params["layers"]["wq"].spec != layout.bad.spec == layout.extra["kl"].spec
 
 
 def test_what_comes_in_bfloat16_is_trained_in_float32():
@@ -334,32 +212,6 @@ def test_the_clip_is_by_the_norm_of_the_whole_batch(microbatches):
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(expected), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        (lambda state, metrics: state.replace(extra={"a": 1.0}), "extra"),
-        (lambda state, metrics: state.replace(averages=state.params), "averages"),
-        (lambda state, metrics: state.replace(params={"w": state.params["w"][:2]}), "params"),
-        (lambda state, metrics: state.replace(params={"w": state.params["w"].astype(jnp.bfloat16)}), "params"),
-    ],
-)
-def test_what_is_done_after_a_step_may_not_change_what_the_state_is_made_of(change, field):
-    step = make_train_step(linear, SGD, after=[change])
-    with pytest.raises(ValueError, match=f"state.{field} has another structure, type or shape after a step"):
-        step(linear_state(), np.float32(0), linear_batch())
-
-
-def test_a_step_waits_for_nothing_from_the_host_and_sends_it_nothing():
-    step, state = guarded_step(4), guarded_state()
-    batches = [jax.device_put(poisoned({1}, np.nan)(i)) for i in range(3)]
-    frozen = jnp.float32(0)
-    state, _ = step(state, frozen, batches[0])
-    with jax.transfer_guard("disallow"):
-        for batch in batches:
-            state, _ = step(state, frozen, batch)
-    assert (int(state.step), int(state.skipped)) == (4, 1)
-
-
 def test_what_is_frozen_is_an_argument():
     step = make_train_step(linear, SGD)
     losses = [step(linear_state(), np.float32(frozen), linear_batch())[1]["loss"] for frozen in (0, 5)]
@@ -388,6 +240,23 @@ def test_a_step_is_traced_once_whatever_the_data(microbatches):
     assert (step._cache_size(), int(state.step), int(state.skipped)) == (1, 4, 1)
     with pytest.raises(AssertionError, match="traced > 1"):
         step(state, np.float32(0), linear_batch(16))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "on a device", "on a mesh"])
+def test_a_step_is_compiled_once_wherever_the_parameters_were_put(where):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    places = {
+        "nowhere": lambda x: x,
+        "on a device": lambda x: jax.device_put(x, jax.devices()[3]),
+        "on a mesh": lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+    }
+    adam = optax.adam(0.1)
+    state = init_state(places[where](linear_state().params), adam, jax.random.key(0), extra={"beta": 0.1})
+    layout = jax.tree.map(lambda x: x.sharding, state) if where == "on a mesh" else None
+    step = make_train_step(linear, adam, shardings=layout)
+    for _ in range(3):
+        state, _ = step(state, np.float32(0), linear_batch())
+    assert step._cache_size() == 1
 
 
 def noise(microbatches, steps=3, seed=0):
