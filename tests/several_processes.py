@@ -126,11 +126,34 @@ def fault():
         time.sleep(0.05)
 
 
+def read():
+    """A model folder, each weight to the devices that will hold it."""
+    from functools import partial
+
+    from pt_jax.models import tensors
+
+    counts, one = [], tensors._read
+    tensors._read = lambda f, begin, data: counts.append(data.nbytes) or one(f, begin, data)
+    for name, axes in {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 2, "data": 4}, "expert": {"expert": 8}}.items():
+        counts.clear()
+        model = folder / ("mixture" if name == "expert" else "dense")
+        params, _ = models.load(model, place=partial(sharding.by_name, mesh=sharding.make_mesh(**axes)))
+        said(mesh=name, share=sum(counts) / (model / "model.safetensors").stat().st_size)
+        numbers = distributed.fetched(params)
+        if me == 0:
+            models.save(folder / f"{name}.read", numbers, models.huggingface.read_config(model))
+
+
 def same():
     mine = {"config": CONFIG, "batch": (ROWS, COLUMNS), "step": 3}
     distributed.same(**mine)
     stop = distributed.agreed(lambda step: "SIGTERM" if (me, step) == (1, 4) else None, every=2)
     said(stopped=[stop(step) for step in range(6)])
+    for i in range(20):
+        heard = distributed.everybodys(f"{me} says {i}")
+        assert heard == [f"{j} says {i}" for j in range(count)]
+    kept = distributed._client().key_value_dir_get("pt_jax/turn/")
+    said(kept=len(kept) <= 2 * count)  # of this turn, and of the one before it or the next
     for other in (
         {"batch": (ROWS, 8 + 4 * me)},
         {"config": dataclasses.replace(CONFIG, vocab=32 + me)},
@@ -143,9 +166,10 @@ def same():
 
 
 if __name__ == "__main__":
-    do = {"train": train, "fault": fault, "same": same, "begin": begin, "go_on": go_on}[what]
+    do = {"train": train, "fault": fault, "same": same, "begin": begin, "go_on": go_on, "read": read}[what]
     if count == 1:
         do()
     else:
-        with distributed.joined(f"localhost:{port}", count, me, heartbeat=HEARTBEAT):
+        # where nobody is to fail, a machine that is busy with other things for a while is no reason to
+        with distributed.joined(f"localhost:{port}", count, me, **{"heartbeat": HEARTBEAT} if what == "fault" else {}):
             do()

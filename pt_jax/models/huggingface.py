@@ -23,13 +23,14 @@ from pt_jax.models.fields import Fields, activation, rope, rope_fields
 from pt_jax.models.placing import Filling, default_sharding
 from pt_jax.models.quantize import QuantizedFilling
 from pt_jax.models.quantize import quantize as quantize_tree
-from pt_jax.models.tensors import NAMES, Made, Tensors, read_json, write
+from pt_jax.models.tensors import NAMES, Leaf, Made, Tensors, read_json, write
 
 
 def load(path, *, dtype=jnp.float32, place=None, quantize=None):
     """Reads a model folder, tensor by tensor, each straight to where it will live.
 
-    Beside what is placed, no more than the largest tensor is in the host's memory.
+    Beside what is placed, no more than the largest tensor is in the host's memory. Of several processes, each reads
+    what its devices will hold; but the tensors that are quantised whole.
 
     Args:
       path: a local folder with config.json and model.safetensors (or its sharded form with an index); or the name of a
@@ -61,10 +62,11 @@ def load(path, *, dtype=jnp.float32, place=None, quantize=None):
     out = _fillings(shapes, dtype, place, quantize)
     for leaf, shape in shapes.items():
         if leaf[0] != "layers":
-            out[leaf].put(tensors.take(family.whole[leaf[0]], _whole_on_disk(leaf[0], shape)).reshape(shape))
+            entry = tensors.check(family.whole[leaf[0]], _whole_on_disk(leaf[0], shape))
+            out[leaf].put(Leaf(entry, shape, inputs=len(shape) - 1))
     for part in family.parts(config):
-        whole = tensors.take(part.name, _on_disk(part.tensor, part.shapes))
-        for name, piece in zip(part.tensor.leaves, _split(part.tensor, whole, part.shapes)):
+        entry = tensors.check(part.name, _on_disk(part.tensor, part.shapes))
+        for name, piece in zip(part.tensor.leaves, _leaves(part.tensor, entry, part.shapes)):
             out["layers", name].put(piece, part.at)
     return unflatten_dict({leaf: filling.array() for leaf, filling in out.items()}), config
 
@@ -267,16 +269,15 @@ def _on_disk(tensor, shapes):
     return (columns, rows) if tensor.out_in else (rows, columns)
 
 
-def _split(tensor, whole, shapes):
-    """The leaves of a tensor."""
-    whole = whole.T if tensor.inputs and tensor.out_in else whole
-    sizes = [int(np.prod(shape[tensor.inputs :])) for shape in shapes]
-    parts = np.split(whole, np.cumsum(sizes)[:-1], -1)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes)]
+def _leaves(tensor, entry, shapes):
+    """The leaves of a tensor, which are read later."""
+    ends = np.cumsum([0, *(math.prod(shape[tensor.inputs :]) for shape in shapes)]).tolist()
+    turned = tensor.inputs > 0 and tensor.out_in
+    return [Leaf(entry, shape, tensor.inputs, first, turned) for shape, first in zip(shapes, ends)]
 
 
 def _joined(tensor, leaves):
-    """The tensor of some leaves: the inverse of ``_split``."""
+    """The tensor of some leaves: the inverse of ``_leaves``."""
     if not tensor.inputs and tensor.out_in:
         return np.concatenate([leaf.reshape(-1) for leaf in leaves])
     rows = int(np.prod(leaves[0].shape[: tensor.inputs]))

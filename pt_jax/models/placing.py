@@ -40,9 +40,20 @@ class Filling:
         self.shares = jnp.zeros((len(places) * first, *rest), self.dtype, device=self.side_by_side)
 
     def put(self, part, at=()):
-        """Puts a numpy array at the indices ``at`` of the leading axes."""
-        mine = [part[tuple(place[len(at) :])] for place in self.places]
+        """Puts a part at the indices ``at`` of the leading axes; of what lies on none of the devices, nothing is read.
+
+        Args:
+          part: a numpy array, or what reads one when it is indexed by slices (``tensors.Leaf``).
+          at: the layer, and the expert.
+        """
         here = np.array([all(x.start <= i < x.stop for i, x in zip(at, place)) for place in self.places])
+        if not here.any():
+            return
+        held = [place[len(at) :] for place in self.places]
+        held = [x if has else held[here.argmax()] for x, has in zip(held, here)]  # who has none of it is sent another's
+        ends = [(min(x.start for x in axis), max(x.stop for x in axis)) for axis in zip(*held)]
+        part = part[tuple(slice(*end) for end in ends)]
+        mine = [part[tuple(slice(i.start - low, i.stop - low) for i, (low, _) in zip(x, ends))] for x in held]
         start = np.zeros((len(mine), len(self.shape)), np.int32)
         start[:, : len(at)] = [
             [i - x.start if x.start <= i < x.stop else 0 for i, x in zip(at, p)] for p in self.places

@@ -261,8 +261,9 @@ class QuantizedFilling:
         self.fillings = jax.tree.map(lambda x, sharding: Filling(x.shape, x.dtype, sharding), form, shardings)
 
     def put(self, part, at=()):
-        """Puts a numpy array at the indices ``at`` of the leading axes."""
-        made = _checked(".".join(map(str, (self.name, *at))), *_made(part, self.how, PRODUCTS[self.name]))
+        """Puts an array, or what numpy makes one of, at the indices ``at`` of the leading axes."""
+        made = _made(np.asarray(part), self.how, PRODUCTS[self.name])
+        made = _checked(".".join(map(str, (self.name, *at))), *made)
         jax.tree.map(lambda filling, x: filling.put(np.asarray(x), at), self.fillings, made)
 
     def array(self):

@@ -5,6 +5,7 @@ numbers, one tensor behind the other. The safetensors library maps a whole file 
 its tensors at once to write it. Here no more than one tensor is in memory, and its header tells all but the numbers.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -22,6 +23,7 @@ NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # in old files, beside the weights
 SHARD = 5 * 2**30  # bytes of a file
 CHUNK = 2**24  # bytes that are compared at once
+PAGE = 2**12  # bytes that a disk reads at once, at the least
 
 
 class Entry(NamedTuple):
@@ -91,10 +93,6 @@ class Tensors:
         self.left.discard(name)
         return entry
 
-    def take(self, name, shape):
-        """A tensor as a numpy array, which must have this shape."""
-        return numbers(self.check(name, shape))
-
     def same(self, one, other) -> bool:
         """Whether two tensors hold the same bytes, compared piece by piece."""
         a, b = (self.where.get(name.removeprefix(self.prefix)) for name in (one, other))
@@ -161,12 +159,82 @@ def numbers(entry: Entry) -> np.ndarray:
     return _numbers(entry, entry.begin, entry.end).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array that is a tensor, or a part of one: indexed by a slice of each axis, it reads these numbers alone.
+
+    The tensor is taken for a matrix, inputs times outputs, of which the leaf is some columns.
+
+    Args:
+      entry: the tensor.
+      shape: of the array.
+      inputs: how many of its leading axes are the rows of the matrix; the others are columns.
+      first: its first column.
+      turned: whether the file has the outputs first.
+    """
+
+    entry: Entry
+    shape: tuple[int, ...]
+    inputs: int
+    first: int = 0
+    turned: bool = False
+
+    def __getitem__(self, index):
+        rows = _flat(index[: self.inputs], self.shape[: self.inputs])
+        columns = _flat(index[self.inputs :], self.shape[self.inputs :])
+        columns = range(self.first + columns.start, self.first + columns.stop)
+        found = _matrix(self.entry, columns, rows).T if self.turned else _matrix(self.entry, rows, columns)
+        first = (0, self.inputs)  # the axes of which no more than that is read
+        axes = enumerate(zip(index, self.shape))
+        found = found.reshape([len(range(n)[x]) if i in first else n for i, (x, n) in axes])
+        return found[tuple(slice(None) if i in first else x for i, x in enumerate(index))]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[tuple(slice(n) for n in self.shape)], dtype)
+
+
+def _flat(index, shape) -> range:
+    """What a slice of the first of some axes is when they are one; whatever the slices of the others leave out."""
+    if not shape:
+        return range(1)
+    of_first, inner = range(shape[0])[index[0]], math.prod(shape[1:])
+    return range(of_first.start * inner, of_first.stop * inner)
+
+
+def _matrix(entry, rows, columns):
+    """Rows and columns of a tensor that is taken for a matrix.
+
+    Parts of rows are read one by one where each is a page of memory or more: of less, a disk reads what is between them
+    as well.
+    """
+    whole, dtype = entry.shape[-1], np.dtype(DTYPES[entry.dtype])
+    at = lambda row, column: entry.begin + (row * whole + column) * dtype.itemsize
+    if len(columns) == whole or len(columns) * dtype.itemsize < PAGE:
+        found = _numbers(entry, at(rows.start, 0), at(rows.stop, 0)).view(dtype).reshape(len(rows), whole)
+        return found[:, columns.start : columns.stop]
+    found = np.empty((len(rows), len(columns)), dtype)
+    with open(entry.file, "rb", buffering=0) as f:
+        for row, part in zip(rows, found.view(np.uint8)):
+            _read(f, at(row, columns.start), part)
+    return found
+
+
 def _numbers(entry, begin, end):
     """Some bytes of a file. They are not mapped: mapped pages stay in memory until others need the room."""
-    data = np.fromfile(entry.file, np.uint8, end - begin, offset=begin)
-    if len(data) < end - begin:
-        raise ValueError(f"{entry.file}: became shorter while it was read; copy or download it again")
+    data = np.empty(end - begin, np.uint8)
+    with open(entry.file, "rb", buffering=0) as f:
+        _read(f, begin, data)
     return data
+
+
+def _read(f, begin, data):
+    """Fills an array of bytes from a file, which gives 2 GiB at a time at the most."""
+    f.seek(begin)
+    left = memoryview(data)
+    while left:
+        if not (count := f.readinto(left)):
+            raise ValueError(f"{f.name}: became shorter while it was read; copy or download it again")
+        left = left[count:]
 
 
 def _files(folder):

@@ -185,11 +185,14 @@ def everybodys(value: str) -> list[str]:
     """What each process says, in their order; all call it, the same number of times."""
     if jax.process_count() == 1:
         return [value]
-    client, turn = _client(), f"pt_jax/turn/{next(_turns)}"
-    client.key_value_set(f"{turn}/{jax.process_index()}", value)
-    client.wait_at_barrier(turn.replace("/", "_"), 1000 * 3600)  # the watch ends it if somebody never comes
-    said = dict(client.key_value_dir_get(f"{turn}/"))
-    return [said[f"{turn}/{i}"] for i in range(jax.process_count())]
+    client, me, number = _client(), jax.process_index(), next(_turns)
+    of = lambda number: f"pt_jax/turn/{number}/"
+    client.key_value_set(f"{of(number)}{me}", value)
+    client.wait_at_barrier("pt_jax/turn", 1000 * 3600)  # the watch ends it if somebody never comes
+    said = dict(client.key_value_dir_get(of(number)))
+    if number:  # all have come to this turn, so all have read the one before
+        client.key_value_delete(f"{of(number - 1)}{me}")
+    return [said[f"{of(number)}{i}"] for i in range(jax.process_count())]
 
 
 def same(**values) -> None:

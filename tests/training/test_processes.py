@@ -9,8 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from pt_jax import models
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "several_processes.py"
 HEARTBEAT = 4.0  # of the script
@@ -31,7 +35,7 @@ def start(what, count, folder):
     ]  # fmt: skip
 
 
-def ended(processes, seconds=120):
+def ended(processes, seconds=300):
     """Exit codes and outputs of all, which must end by themselves."""
     limit = time.monotonic() + seconds
     try:
@@ -54,13 +58,36 @@ def run(what, count, folder):
 
 
 def test_processes_that_begin_differently_are_told_what_differs(tmp_path):
+    """And the coordinator does not keep what all have heard."""
     first, second = run("same", 2, tmp_path)
     assert first == second == [
         {"stopped": [None, None, None, None, "SIGTERM", None]},
+        {"kept": True},
         {"error": "batch is (16, 8) on process 0 and (16, 12) on process 1; start all with the same"},
         {"error": "config.vocab is 32 on process 0 and 33 on process 1; start all with the same"},
         {"error": "step is 3 on process 0 and 4 on process 1; start all with the same"},
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_process_reads_the_weights_that_its_devices_will_hold(tmp_path):
+    """All of it, where each holds all; on the mesh of 8, of the tensors that are split, half."""
+    sizes = {"layers": 2, "width": 2048, "heads": 2, "kv_heads": 2, "head_width": 8, "hidden": 64, "vocab": 512}
+    mixture = {"experts": 8, "experts_per_token": 2, "expert_hidden": 64}
+    for name, more in {"dense": {}, "mixture": mixture}.items():
+        config = models.Config(**sizes | more)
+        models.save(tmp_path / name, models.init(config, jax.random.key(0)), config)
+    first, second = run("read", 2, tmp_path)
+    for name in ("fsdp", "tensor", "expert"):
+        got = load_file(tmp_path / f"{name}.read" / "model.safetensors")
+        expected = load_file(tmp_path / ("mixture" if name == "expert" else "dense") / "model.safetensors")
+        assert got.keys() == expected.keys()
+        for tensor, x in expected.items():
+            np.testing.assert_array_equal(got[tensor], x, err_msg=tensor)
+    for said in (first, second):
+        shares = {line["mesh"]: line["share"] for line in said}
+        assert 0.5 < shares["fsdp"] < 0.51 and shares["tensor"] > 0.99
+        assert 0.5 < shares["expert"] < 0.9  # attention and embeddings are whole
 
 
 @pytest.mark.slow
@@ -111,13 +138,14 @@ def test_a_process_that_fails_ends_all(tmp_path, case):
     limit = time.monotonic() + 120
     while not all(file.exists() for file in ready) and time.monotonic() < limit:
         time.sleep(0.1)
+    assert all(file.exists() for file in ready), outputs("fault", 2, folder)
     if kind != "raise":
         os.kill(processes[who].pid, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
     other, began = processes[1 - who], time.monotonic()
     try:
         code = other.wait(5 * HEARTBEAT)
-        assert time.monotonic() - began < 3 * HEARTBEAT
-        assert kind != "raise" or processes[who].wait(HEARTBEAT) == 1
+        assert time.monotonic() - began < 5 * HEARTBEAT
+        assert kind != "raise" or processes[who].wait(5 * HEARTBEAT) == 1
     finally:
         for process in processes:
             process.kill()
