@@ -12,7 +12,8 @@
     prefix     None, or the cache of P rows that each stand in front of B / P rows, one after the other: the rows go on
                from there, and what they share is there once. It is read, and never written
 
-L are the layers that see all of a text; k and v are missing where there are none, and near where all are such.
+L are the layers that see all of a text; k and v are missing where there are none, and near where all are such. Of a
+cache by layer they are tuples of L arrays [B, ...]: what is read is not copied out of a stack before.
 
 In int8 a key or value of a head is 127 parts of its largest number: ``k_scale`` and ``v_scale`` [L, B, k, S] float32
 say how large a part is. A token is rounded when it is written and never again, and what is read is what was written,
@@ -38,7 +39,9 @@ SLACK = 16  # columns of a ring beyond its window: as many may be forgotten
 TOKENS = {"k": -1, "v": -2, "k_scale": -1, "v_scale": -1}  # the axis of the columns
 
 
-def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32, *, slack: int = SLACK) -> dict:
+def init_cache(
+    config: Config, rows: int, length: int, dtype=jnp.float32, *, by_layer: bool = False, slack: int = SLACK
+) -> dict:
     """An empty cache for ``length`` tokens of ``rows`` rows.
 
     Args:
@@ -48,6 +51,7 @@ def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32, *, sla
       dtype: of keys and values: float32, bfloat16, float16; or int8, of a quarter of float32's size and 4 bytes more a
         head and token. Then texts are sampled from a slightly other model than the trainer's: a log-probability is
         the trainer's to about 1e-2, not to 1e-5, and a replay's (``sample(..., forced=...)``) to the last bit as ever.
+      by_layer: each layer's keys and values as arrays of their own, beside weights of ``models.by_layer``.
       slack: how many columns of a ring may be forgotten (``forget``).
 
     Raises:
@@ -61,7 +65,8 @@ def init_cache(config: Config, rows: int, length: int, dtype=jnp.float32, *, sla
     if jnp.dtype(dtype).name not in CACHES:
         raise ValueError(f"there is no cache of type {jnp.dtype(dtype).name}; known are {', '.join(CACHES)}")
     near = sum(map(bool, config.windows))
-    of = lambda layers, columns: _empty(config, layers, rows, columns, dtype) if layers else {}
+    empty = _empty_by_layer if by_layer else _empty
+    of = lambda layers, columns: empty(config, layers, rows, columns, dtype) if layers else {}
     cache = of(config.layers - near, length) | {
         "position": jnp.full((rows, length), -1, jnp.int32), "count": jnp.zeros(rows, jnp.int32),
         "end": jnp.int32(0), "room": jnp.zeros((length, 0)), "prefix": None,
@@ -84,6 +89,12 @@ def _empty(config, layers, rows, columns, dtype):
     return out
 
 
+def _empty_by_layer(config, layers, *sizes):
+    """The same as tuples of each layer's."""
+    each = [_empty(config, 1, *sizes) for _ in range(layers)]
+    return {name: tuple(x[name][0] for x in each) for name in each[0]}
+
+
 def stacks(cache) -> dict[str, dict]:
     """Keys, values and scales by kind of layer, "far" or "near": what the layers write, or of a prefix, read."""
     pick = lambda tree: {name: tree[name] for name in TOKENS if name in tree}
@@ -94,6 +105,11 @@ def with_stacks(cache, changed) -> dict:
     """The cache with other keys, values and scales, as ``stacks`` gives them."""
     near = {"near": cache["near"] | changed["near"]} if "near" in cache else {}
     return cache | changed["far"] | near
+
+
+def is_by_layer(cache) -> bool:
+    """Whether each layer's keys and values are arrays of their own."""
+    return any(isinstance(x, tuple) for kind in stacks(cache).values() for x in kind.values())
 
 
 class Place(NamedTuple):
@@ -206,7 +222,7 @@ def append(stack, layer, k, v, place: Place, prefix=None):
 
     Args:
       stack: of ``stacks``; it should be a loop's own, to be changed in place.
-      layer: which of the stack's.
+      layer: which of the stack's; an int where each has arrays of its own.
       k, v: [B, T, k, c], the new ones.
       place: where they go.
       prefix: the same kind's stack of the cache in front, or None.
@@ -214,21 +230,40 @@ def append(stack, layer, k, v, place: Place, prefix=None):
     Returns:
       The stack, and the parts that the tokens may see: k [B, k, c, S], v [B, k, S, c] and their scales, each.
     """
-    new = _stored(k, v, stack)
-    of_layer = lambda tree: {x: jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for x, y in tree.items()}
+    if isinstance(stack["k"], tuple):
+        mine, parts = _append(_taken(stack, layer), None, k, v, place, prefix and _taken(prefix, layer))
+        return {name: (*x[:layer], mine[name], *x[layer + 1 :]) for name, x in stack.items()}, parts
+    return _append(stack, layer, k, v, place, prefix)
+
+
+def _taken(stack, layer):
+    """A layer's own arrays, out of tuples."""
+    return {name: x[layer] for name, x in stack.items()}
+
+
+def _append(stack, layer, k, v, place, prefix):
+    """``append`` to stacked arrays, or to one layer's, where ``layer`` is None."""
+    new, front = _stored(k, v, stack), () if layer is None else (layer,)
+    take = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    of_layer = lambda tree: {name: take(x) for name, x in tree.items()}
     parts = [] if prefix is None else [of_layer(prefix)]
     if place.columns is None:
-        put = lambda x, new, axis: jax.lax.dynamic_update_slice(
-            x, new[None], (layer, *(place.start if i == x.ndim + axis else 0 for i in range(1, x.ndim)))
-        )
+
+        def put(x, new, axis):
+            at = [place.start if i == new.ndim + axis else 0 for i in range(new.ndim)]
+            return jax.lax.dynamic_update_slice(x, new if layer is None else new[None], (*front, *at))
+
         stack = {name: put(x, new[name], TOKENS[name]) for name, x in stack.items()}
         return stack, [*parts, of_layer(stack)]
     parts += [of_layer(stack)] if place.before else []
     count = len(place.columns)
-    put = lambda x, new, axis: x.at[(layer, *[slice(None)] * (x.ndim - 1 + axis), place.columns)].set(
-        jnp.moveaxis(jax.lax.slice_in_dim(new, new.shape[axis] - count, None, axis=axis), axis, 0), unique_indices=True
-    )
-    return {name: put(x, new[name], TOKENS[name]) for name, x in stack.items()}, [*parts, new]
+
+    def set_columns(x, new, axis):
+        new = jax.lax.slice_in_dim(new, new.shape[axis] - count, None, axis=axis)
+        at = (*front, *[slice(None)] * (new.ndim + axis), place.columns)
+        return x.at[at].set(new if layer is None else jnp.moveaxis(new, axis, 0), unique_indices=True)
+
+    return {name: set_columns(x, new[name], TOKENS[name]) for name, x in stack.items()}, [*parts, new]
 
 
 def _stored(k, v, stack):

@@ -219,6 +219,7 @@ class Execution:
       dtype: that the model computes in, such as "bfloat16"; None: that of the embedding. Norms' statistics, positions,
         softmax and routers are float32 always.
       cache_dtype: of keys and values in a cache, such as "int8" (``cache.init_cache``); None: ``dtype``, or float32.
+      cache_by_layer: each layer's keys and values as arrays of their own, for weights that are (``models.by_layer``).
 
     >>> Execution(remat="all")
     Traceback (most recent call last):
@@ -229,6 +230,7 @@ class Execution:
     remat: Literal["none", "layer", "dots"] = "none"
     dtype: str | None = None
     cache_dtype: str | None = None
+    cache_by_layer: bool = False
 
     def __post_init__(self):
         known = {name: get_args(get_type_hints(Execution)[name]) for name in ("attention", "remat")}

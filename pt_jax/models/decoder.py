@@ -111,7 +111,7 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     Raises:
       ValueError: the shapes disagree, or texts are packed and cached at once.
     """
-    _check(config, tokens, seen, cache, routes)
+    _check(config, params, tokens, seen, cache, routes)
     dtype = how.dtype or jax.eval_shape(linear.take, params["embed"], tokens).dtype
     name = attention.kernel(config, how.attention, dtype=jnp.dtype(dtype), seen=seen, cached=cache is not None)
     apart = meshes.apart(seen.shape[1])  # whose tokens would have to travel to stand in front
@@ -126,12 +126,14 @@ def forward(config: Config, params, tokens, seen, cache=None, *, how=DEFAULT, ro
     return Output(visibility.arranged(out.hidden, back), None, routing)
 
 
-def _check(config, tokens, seen, cache, routes):
+def _check(config, params, tokens, seen, cache, routes):
     visibility.check(seen)
     checks.shapes(tokens=(tokens, "B T"), seen=(seen, "B T" if seen.ndim != 3 else "B T two"))
     if routes is not None:
         checks.shapes(tokens=(tokens, "B T"), routes=(routes, "M B T K"))
         experts.check_routes(config, routes)
+    if cache is not None and caches.is_by_layer(cache) and not isinstance(params["layers"], tuple):
+        raise ValueError("the cache has its layers apart and the weights are stacked; take models.by_layer of them")
     if cache is not None and seen.dtype != bool:
         raise ValueError("seen numbers the texts of packed rows, which have no cache; give a bool, one text a row")
 
@@ -362,7 +364,7 @@ class Bound(NamedTuple):
 def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
     dtype = jnp.dtype(how.cache_dtype or how.dtype or "float32")
-    init_cache = functools.partial(caches.init_cache, config, dtype=dtype)
+    init_cache = functools.partial(caches.init_cache, config, dtype=dtype, by_layer=how.cache_by_layer)
     if config.learned_positions:
         init_cache.longest = config.max_length  # the sampler asks for it
     return Bound(functools.partial(apply, config, how=how), init_cache)

@@ -96,7 +96,8 @@ def by_layer(config: Config, params: dict) -> dict:
     """The same parameters with every layer's weights as arrays of their own, which the model computes one by one.
 
     A loop over stacked weights copies each layer's out of the stack before it multiplies. For a token a row that takes
-    twice the time of reading them, so ``sampling`` does better with these; a program of them grows with the layers.
+    twice the time of reading them, so ``sampling`` does better with these, and with a cache that is by layer as well
+    (``Execution``); a program of them grows with the layers.
 
     Args:
       config: the model.

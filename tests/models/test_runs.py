@@ -1,12 +1,14 @@
 """Layers whose weights are arrays of their own compute what stacked ones compute."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import jit
 
 from pt_jax import sampling
 from pt_jax.models import Config, Execution, apply, bind, by_layer, init, lora, quantize
@@ -49,7 +51,7 @@ def test_layers_one_by_one_give_the_logits_and_gradients_of_stacked_ones(kind, f
     params = weights(config)
     how = Execution(remat="layer")
 
-    @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(jit, static_argnums=0)
     def computed(one_by_one, params):
         def total(params):
             tree = FORMS[form](config, params)
@@ -65,21 +67,46 @@ def test_layers_one_by_one_give_the_logits_and_gradients_of_stacked_ones(kind, f
 
 @pytest.mark.parametrize(("kind", "form"), [*((kind, "plain") for kind in CONFIGS), ("dense", "four bits")])
 def test_layers_one_by_one_give_the_samples_of_stacked_ones(kind, form):
-    config, model = CONFIGS[kind], bind(CONFIGS[kind])
+    config = CONFIGS[kind]
     params = FORMS[form](config, weights(config))
-    prompts = TOKENS[:2], SEEN[:2]
-    run = partial(
-        sampling.sample,
-        apply=model.apply,
-        init_cache=model.init_cache,
-        length=12,
-        end_tokens=(3,),
-        pad_token=3,
-        group=2,
-    )
-    stacked, apart = (run(tree, *prompts, jax.random.key(2)) for tree in (params, by_layer(config, params)))
-    np.testing.assert_array_equal(apart.tokens, stacked.tokens)
-    np.testing.assert_allclose(apart.logps, stacked.logps, atol=2e-6)
+
+    def run(tree, by=sampling.sample, **more):
+        model = bind(config, Execution(cache_by_layer=tree is not params))
+        settings = {"apply": model.apply, "init_cache": model.init_cache, "length": 12, "group": 2}
+        settings |= {"end_tokens": (3,), "pad_token": 3} | more
+        return by(tree, TOKENS[:2], SEEN[:2], jax.random.key(2), **settings)
+
+    stacked, each = run(params), by_layer(config, params)
+    others = {
+        "dense": {"init_cache": bind(config).init_cache},
+        "windows and ropes": {"by": sampling.sample_queue, "slots": 2},
+    }
+    for apart in (run(each), *([run(each, **others[kind])] if kind in others and form == "plain" else [])):
+        np.testing.assert_array_equal(apart.tokens, stacked.tokens)
+        np.testing.assert_allclose(apart.logps, stacked.logps, atol=2e-6)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_a_cache_by_layer_is_read_where_it_lies(cache_dtype):
+    """Of keys and values that are stacked, each layer's are sliced out, which copies them."""
+    config, params = CONFIGS["windows and ropes"], weights(CONFIGS["windows and ropes"])
+
+    def sliced(one_by_one):
+        model = bind(config, Execution(cache_dtype=cache_dtype, cache_by_layer=one_by_one))
+        cache, tree = jax.eval_shape(lambda: model.init_cache(3, 50)), by_layer(config, params)
+        program = jax.jit(model.apply).lower(tree, TOKENS[:, :1], SEEN[:, :1], cache).as_text()
+        # of a layer of a stack: keys, or values, of 50 columns or the ring's
+        return len(re.findall(r"slice .*-> tensor<1x3x2x(?:8x50|50x8|8x21|21x8)x", program))
+
+    assert sliced(True) == 0 and sliced(False) > 0
+
+
+def test_a_cache_by_layer_is_refused_beside_stacked_weights():
+    config, model = DENSE, bind(DENSE, Execution(cache_by_layer=True))
+    with pytest.raises(
+        ValueError, match=r"^the cache has its layers apart and the weights are stacked; take models.by"
+    ):
+        model.apply(weights(config), TOKENS, SEEN, model.init_cache(3, 12))
 
 
 def test_layers_one_by_one_keep_their_numbers():
