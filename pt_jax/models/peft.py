@@ -3,17 +3,11 @@
 PEFT passes over what it does not find: an adapter whose names are wrong loads as the model without one. Reading is
 strict here, in both directions: every tensor is of a product of this model, every adapted product has all its tensors
 in all layers, and an option that this version does not compute is refused by name.
-
-Where a family keeps several of our products in one matrix (Phi-3's qkv_proj and gate_up_proj, GPT-2's c_attn), PEFT
-has one adapter for all. Read, each product gets the rows of B that are its own, and a copy of A. Written, adapters with
-the same A become one again; others stand side by side in one of their ranks' sum, with zeros where one has no part in
-the other's outputs, which computes the same.
 """
 
 import json
 import pathlib
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pt_jax import folders
-from pt_jax.models import families, huggingface, linear, lora, parameters, tensors, vocabulary
+from pt_jax.models import families, huggingface, linear, lora, parameters, peft_modules, tensors, vocabulary
 from pt_jax.models.config import Config
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -38,52 +32,6 @@ KNOWN = {
     "lora_dropout",  # of training alone; there is none here
 }  # fmt: skip
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other ways to begin change the base's weights as well
-
-
-class Module(NamedTuple):
-    """What PEFT puts one adapter on, in every layer that has it.
-
-    Args:
-      names: its path in each of these layers, in the order of our stacks.
-      leaves: in our tree; several where they share a matrix.
-      target: how target_modules calls it.
-    """
-
-    names: tuple[str, ...]
-    leaves: tuple[str, ...]
-    target: str
-
-    @property
-    def path(self):
-        """Of our leaves, before their names."""
-        return () if self.leaves[0] in ("embed", "unembed") else ("layers",)
-
-
-def modules(config: Config) -> list[Module]:
-    """What can have an adapter in PEFT: all products but those of experts and routers."""
-    family, found = families.FAMILIES[config.family], {}
-    for part in family.parts(config):
-        if part.tensor.leaves[0] in parameters.PRODUCTS and not _of_experts(part.tensor.leaves[0]):
-            found.setdefault(part.tensor, []).append(part.name.removesuffix(".weight"))
-    last = [_last(tensor.name) for tensor in family.layer if tensor.inputs]
-    out = []
-    for tensor, names in found.items():
-        name = tensor.name.removesuffix(".weight")
-        out.append(Module(tuple(names), tensor.leaves, _last(name) if last.count(_last(name)) == 1 else name))
-    for leaf in ("embed", "unembed"):
-        tied_apart = leaf == "embed" and config.tied and config.family == "gpt2"  # see _no_form
-        if leaf in parameters.shapes(config) and not tied_apart:
-            name = family.whole[leaf].removesuffix(".weight")
-            out.append(Module((name,), (leaf,), name.split(".")[-1]))
-    return out
-
-
-def _last(name):
-    return name.removesuffix(".weight").split(".")[-1]
-
-
-def _of_experts(leaf):
-    return leaf.startswith(("router", "expert_"))
 
 
 def is_adapter(path) -> bool:
@@ -137,7 +85,7 @@ def load(path, config: Config, params=None):
     if len(held) < len(entries):
         raise ValueError(f"{file}: {min(set(entries) - {PREFIX + n for n in held})} does not begin with {PREFIX}")
     reader, adapters, ranks = _Reader(file, held, bool(fields.get("use_dora"))), {}, {}
-    for module in modules(config):
+    for module in peft_modules.modules(config):
         if any(name.startswith(tuple(f"{n}.lora_" for n in module.names)) for name in held):
             ranks[module] = _numbers(folder / CONFIG, fields, module)
             adapters |= reader.adapters(module, config, *ranks[module])
@@ -149,7 +97,7 @@ def load(path, config: Config, params=None):
         raise ValueError(f"{file}: {name} is of no product of this {config.family}; is the adapter of another model?")
     if not adapters:
         raise ValueError(f"{file}: holds no adapter")
-    for module in modules(config):
+    for module in peft_modules.modules(config):
         if module not in ranks and all(_targets(fields, name) for name in module.names):
             raise ValueError(f"{file}: lacks {PREFIX}{module.names[0]}, which target_modules of {CONFIG} names")
     return unflatten_dict(adapters), _adapter(fields, ranks)
@@ -232,7 +180,7 @@ class _Reader:
 
     def adapters(self, module, config, rank, alpha):
         """Our arrays of a module, stacked over its layers."""
-        sizes = _sizes(module, config)
+        sizes = peft_modules.sizes(module, config)
         inputs, outputs = sizes[0].inputs, sum(size.outputs for size in sizes)
         shapes = {"a": (rank, inputs), "b": (outputs, rank)} | ({"m": (outputs,)} if self.dora else {})
         names = LINEAR
@@ -280,26 +228,6 @@ class _Reader:
                     raise ValueError(f"{self.file}: {PREFIX}{name} differs from the base's; fold the adapter with PEFT")
 
 
-class _Size(NamedTuple):
-    leaf: str
-    inputs: int
-    outputs: int
-    shapes: dict  # of a, b and m, of one layer; their rank is -1
-
-
-def _sizes(module, config):
-    """The sizes of a module's leaves, of one layer."""
-    whole, out = parameters.shapes(config), []
-    for leaf in module.leaves:
-        shape = whole["layers"][leaf][1:] if module.path else whole[leaf]
-        weight, inputs, outputs, _ = linear.sides(parameters.PRODUCTS[leaf])
-        of = dict(zip(weight, shape))
-        i, o = tuple(of[n] for n in inputs), tuple(of[n] for n in outputs)
-        shapes = {"a": (*i, -1), "b": (-1, *o), "m": o}
-        out.append(_Size(leaf, int(np.prod(i)), int(np.prod(o)), shapes))
-    return out
-
-
 # ---- writing
 
 
@@ -324,10 +252,10 @@ def save(path, adapters, config: Config, how: lora.Adapter, *, base, tokenizer=N
         vocabulary.check(tokenizer, config, path)
     flat = {name: np.asarray(x, np.float32) for name, x in flatten_dict(jax.device_get(adapters)).items()}
     fields, arrays = _basic_fields(config, how, base), {}
-    for module in modules(config):
+    for module in peft_modules.modules(config):
         there = [leaf for leaf in module.leaves if (*module.path, leaf, "a") in flat]
         if there:
-            rank, alpha, of_layers = _joined(flat, module, there, config, how)
+            rank, alpha, of_layers = peft_modules.joined(flat, module, there, config, how)
             fields["target_modules"].append(module.target)
             for field, default, value in (("rank_pattern", how.rank, rank), ("alpha_pattern", how.alpha, alpha)):
                 fields[field] |= {} if value == default else {module.target: _whole(value)}
@@ -355,7 +283,7 @@ def check(config: Config, how: lora.Adapter) -> None:
             others = ", ".join(dict.fromkeys(n for n in names if not _no_form(config, n))) or "none of those given"
             raise ValueError(f"target {name!r}: {why}; target what it has a form for ({others}), or fold the adapters")
     if how.dora:
-        for module in modules(config):
+        for module in peft_modules.modules(config):
             missing = [leaf for leaf in module.leaves if leaf not in names]
             if missing and len(missing) < len(module.leaves):
                 raise ValueError(
@@ -366,7 +294,7 @@ def check(config: Config, how: lora.Adapter) -> None:
 
 def _no_form(config, name) -> str | None:
     """Why PEFT could not read an adapter of this leaf."""
-    if _of_experts(name):
+    if peft_modules.of_experts(name):
         return "PEFT has no settled form for adapters of experts and routers"
     if config.experts and name not in ("wq", "wk", "wv", "wo", "embed", "unembed"):
         return "in a model with experts, PEFT takes the adapter of a feed-forward network for one of the experts"
@@ -392,40 +320,3 @@ def _shapes(config):
 
 def _whole(x):
     return int(x) if x == int(x) else x
-
-
-def _joined(flat, module, there, config, how):
-    """Rank, alpha and, for each layer, the matrices of a module whose leaves have these adapters."""
-    of = lambda leaf, part: flat[(*module.path, leaf, part)]
-    layers = lambda x: x if module.path else x[None]
-    sizes = {size.leaf: size for size in _sizes(module, config)}
-    a = {leaf: layers(of(leaf, "a")) for leaf in there}
-    a = {leaf: x.reshape(len(x), -1, x.shape[-1]) for leaf, x in a.items()}  # [layers, inputs, rank]
-    b = {leaf: layers(of(leaf, "b")) for leaf in there}
-    b = {leaf: x.reshape(len(x), x.shape[1], -1) for leaf, x in b.items()}  # [layers, rank, outputs]
-    first = there[0]
-    if module.leaves == ("embed",):
-        return *how.of(first), [{"a": x, "b": y} for x, y in zip(a[first], b[first])]
-    one = len(there) == len(module.leaves) and all(
-        how.of(leaf) == how.of(first) and np.array_equal(a[leaf], a[first]) for leaf in there
-    )
-    if one:
-        rank, alpha = how.of(first)
-        A, B = a[first], np.concatenate([b[leaf] for leaf in module.leaves], -1)
-    else:
-        rank, scale = sum(x.shape[-1] for x in a.values()), how.scale(first)
-        alpha = scale * (rank**0.5 if how.rslora else rank)
-        A, B = np.concatenate([a[leaf] for leaf in there], -1), np.zeros((len(a[first]), rank, 0), np.float32)
-        row = 0
-        for leaf in module.leaves:
-            block = np.zeros((len(A), rank, sizes[leaf].outputs), np.float32)
-            if leaf in there:
-                end = row + a[leaf].shape[-1]
-                block[:, row:end] = b[leaf] * np.float32(how.scale(leaf) / scale)
-                row = end
-            B = np.concatenate([B, block], -1)
-    out = [{"a": x.T, "b": y.T} for x, y in zip(A, B)]
-    if how.dora:
-        m = np.concatenate([layers(of(leaf, "m")).reshape(len(A), -1) for leaf in module.leaves], -1)
-        out = [parts | {"m": x} for parts, x in zip(out, m)]
-    return rank, alpha, out
