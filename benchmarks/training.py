@@ -9,7 +9,7 @@ second of both answers with their prompts, half of them the prompt's: TRL's trai
 here it is asked once for a data set, so the line has two figures, of the step alone and with the reference scored for
 it. Ours reads a prompt once for both answers. The floor is the matrix products of the SFT step at the rate of a large
 product in the same process; torch's share of its own is ``peer_share``. TRL, torch and transformers are needed for the
-ratios only.
+ratios only; of Tunix, which wants versions of its own, ``--side tunix`` prints the seconds of a step.
 
 On a CPU much of a step is the kernel's, which hands out the pages of its temporary arrays one by one: huge pages
 (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, read by glibc when a program starts) made the default step 19% faster, and so
@@ -24,6 +24,7 @@ import time
 import numpy as np
 from models import SHAPES, config_of, operations, timed, tokens_of
 
+PEERS = ("torch", "trl", "tunix")
 PROMPT = 128  # tokens of a DPO row of 256
 
 
@@ -35,9 +36,9 @@ def options():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--remat", choices=("none", "layer", "dots"), default="none")
     parser.add_argument("--turns", type=int, default=2, help="of each side")
-    parser.add_argument("--peers", nargs="*", default=["torch", "trl"], choices=("torch", "trl"))
+    parser.add_argument("--peers", nargs="*", default=["torch", "trl"], choices=PEERS)
     parser.add_argument("--costs", action="store_true", help="what parts of our own training cost")
-    parser.add_argument("--side", choices=("ours", "torch", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -195,6 +196,44 @@ def of_trl(ask) -> dict:
     }
 
 
+def of_tunix(ask, steps=6) -> dict:
+    """Its Qwen3 and its trainer; the shortest time from one batch to the next, with no more than one on its way."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    from tunix.models.qwen3 import model as qwen3
+    from tunix.sft import peft_trainer, utils
+
+    vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
+    config = qwen3.ModelConfig(
+        num_layers=layers, vocab_size=vocab, embed_dim=width, hidden_dim=hidden, num_heads=heads, head_dim=head,
+        num_kv_heads=kv_heads, rope_theta=1_000_000, norm_eps=1e-6, use_tied_embedding=tied,
+        dtype=jnp.dtype(ask.dtype), param_dtype=jnp.float32,
+    )  # fmt: skip
+    batch, asked = peft_trainer.TrainingInput(tokens_of(ask), np.ones((ask.rows, ask.length), bool)), []
+
+    def batches():
+        for _ in range(steps):
+            asked.append(time.perf_counter())
+            yield batch
+
+    def inputs(x):
+        mask = x.input_mask
+        places = {"positions": utils.build_positions_from_mask(mask)}
+        return {
+            "input_tokens": x.input_tokens,
+            "input_mask": mask,
+            "attention_mask": utils.make_causal_attn_mask(mask),
+        } | places
+
+    settings = peft_trainer.TrainingConfig(eval_every_n_steps=10**6, max_steps=steps, max_inflight_computations=1)
+    trainer = peft_trainer.PeftTrainer(qwen3.Qwen3(config, rngs=nnx.Rngs(0)), optax.adamw(1e-3), settings)
+    trainer.with_gen_model_input_fn(inputs).train(batches())
+    jax.block_until_ready(nnx.state(trainer.model))
+    return {"sft": float(min(np.diff([*asked, time.perf_counter()])[2:]))}
+
+
 # ---- what our own parts cost
 
 
@@ -275,7 +314,7 @@ def turn(ask, side, folder) -> dict | None:
 def main():
     ask = options()
     if ask.side:
-        print(json.dumps({"ours": ours, "torch": of_torch, "trl": of_trl}[ask.side](ask)))
+        print(json.dumps({"ours": ours, "torch": of_torch, "trl": of_trl, "tunix": of_tunix}[ask.side](ask)))
         return
     import jax
 
@@ -309,7 +348,7 @@ def main():
     whole = mine["dpo"] + mine["references"]
     line = {"name": "training/dpo", "value": round(tokens / mine["dpo"], 1), "unit": "tokens/s"}
     line["with_reference"] = round(tokens / whole, 1)
-    if "trl" in least:
+    if "dpo" in least.get("trl", {}):
         line |= {"vs_trl": round(least["trl"]["dpo"] / mine["dpo"], 3)}
         line |= {"with_reference_vs_trl": round(least["trl"]["dpo"] / whole, 3)}
     print(json.dumps(line | about))
