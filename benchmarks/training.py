@@ -12,8 +12,8 @@ product in the same process; torch's share of its own is ``peer_share``. TRL, to
 ratios only; of Tunix, which wants versions of its own, ``--side tunix`` prints the seconds of a step.
 
 On a CPU much of a step is the kernel's, which hands out the pages of its temporary arrays one by one: huge pages
-(``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, read by glibc when a program starts) made the default step 19% faster, and so
-did ``remat="layer"``, which keeps less.
+(``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, read by glibc when a program starts) made the default step 19% faster, and
+so did ``remat="layer"``, which keeps less.
 """
 
 import argparse
