@@ -189,7 +189,7 @@ def _cached(q, parts, *, visible, scale, softcap):
     """
     one = functools.partial(_of_part, q, scale=scale, softcap=softcap)
     if len(parts) == 1:
-        return one(parts[0], visible[0], shares=jax.nn.softmax)[0]
+        return one(parts[0], visible[0], shares=jax.nn.softmax)[0].astype(q.dtype)
     outs, tops, sums = zip(*(one(part, seen, shares=_unnormalised) for part, seen in zip(parts, visible)))
     top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(x - top) for x in tops]
@@ -202,7 +202,7 @@ def _unnormalised(scores):
 
 
 def _of_part(q, part, visible, *, scale, softcap, shares):
-    """What queries [B, T, h, c] get of a part [R, ...], its largest scores and the sums of its shares [B, T, h].
+    """What queries get of a part [R, ...], [B, T, h, c] float32, its largest scores and sums of shares [B, T, h].
 
     The queries of the heads and of the rows that share keys are the rows of one product, and the keys lie as it wants
     them. XLA's products over keys and values [B, S, k, c] take three times as long on a CPU.
@@ -225,7 +225,8 @@ def _of_part(q, part, visible, *, scale, softcap, shares):
     if "v_scale" in part:
         shared = shared * part["v_scale"][:, :, None, None, None]
     shared = shared.astype(q.dtype).reshape(R, groups, -1, S)
-    out = jnp.einsum("bkxs,bksc->bkxc", shared, part["v"].astype(q.dtype))
+    # not in float16, in which a sum over many keys that is yet to be divided may be infinite
+    out = jnp.einsum("bkxs,bksc->bkxc", shared, part["v"].astype(q.dtype), preferred_element_type=jnp.float32)
     return back(out.reshape(R, groups, *each, width)), top, whole
 
 
