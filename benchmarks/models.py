@@ -29,17 +29,23 @@ SHAPES = {
 }
 
 
-def options():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser_of(doc, sides):
+    """With the options that every benchmark of a whole model has."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computed in")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--remat", choices=("none", "layer", "dots"), default="none")
-    parser.add_argument("--attention", default="auto")
     parser.add_argument("--turns", type=int, default=2, help="of each side")
-    parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser
+
+
+def options():
+    parser = parser_of(__doc__, ("ours", "torch"))
+    parser.add_argument("--attention", default="auto")
     return parser.parse_args()
 
 
@@ -52,6 +58,12 @@ def config_of(ask):
 
 def tokens_of(ask):
     return np.random.default_rng(0).integers(0, SHAPES[ask.shape][0], (ask.rows, ask.length), dtype=np.int32)
+
+
+def sft_batch(ask):
+    tokens, seen = tokens_of(ask), np.ones((ask.rows, ask.length), bool)
+    mask = seen & (np.arange(ask.length) > 0)
+    return {"tokens": tokens, "seen": seen, "mask": mask, "weights": (mask / mask.sum()).astype(np.float32)}
 
 
 def operations(ask) -> float:
@@ -90,8 +102,7 @@ def ours(ask) -> dict:
     out = {"forward": run, "forward_compile": first - run, "device": jax.devices()[0].device_kind}
     step = training.make_train_step(sft.make_loss(bound.apply), optax.adamw(1e-3))
     state = training.init_state(params, optax.adamw(1e-3), jax.random.key(0))
-    mask = seen & (np.arange(ask.length) > 0)
-    batch = {"tokens": tokens, "seen": seen, "mask": mask, "weights": (mask / mask.sum()).astype(np.float32)}
+    batch = sft_batch(ask)
     del params  # a model of its own would not be in memory beside the state
 
     def one_step():
@@ -112,20 +123,25 @@ def ours(ask) -> dict:
     return out | {"device_bytes": stats.get("peak_bytes_in_use"), "loss": float(one_step())}
 
 
-def of_torch(ask) -> dict:
+def model_of(ask):
     import torch
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if ask.folder:
-        model = transformers.AutoModelForCausalLM.from_pretrained(ask.folder, dtype=torch.float32)
-    else:
-        vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
-        config = transformers.Qwen3Config(
-            vocab_size=vocab, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, head_dim=head,
-            num_key_value_heads=kv_heads, intermediate_size=hidden, tie_word_embeddings=tied,
-        )  # fmt: skip
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_pretrained(ask.folder, dtype=torch.float32)
+    vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
+    config = transformers.Qwen3Config(
+        vocab_size=vocab, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, head_dim=head,
+        num_key_value_heads=kv_heads, intermediate_size=hidden, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def of_torch(ask) -> dict:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model_of(ask)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     tokens = torch.from_numpy(tokens_of(ask)).long().to(device)

@@ -16,30 +16,21 @@ On a CPU much of a step is the kernel's, which hands out the pages of its tempor
 so did ``remat="layer"``, which keeps less.
 """
 
-import argparse
 import json
 import tempfile
 import time
 
 import numpy as np
-from models import SHAPES, config_of, operations, timed, tokens_of
+from models import SHAPES, config_of, model_of, operations, parser_of, sft_batch, timed, tokens_of
 
 PEERS = ("torch", "trl", "tunix")
 PROMPT = 128  # tokens of a DPO row of 256
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computed in")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--remat", choices=("none", "layer", "dots"), default="none")
-    parser.add_argument("--turns", type=int, default=2, help="of each side")
+    parser = parser_of(__doc__, ("ours", *PEERS))
     parser.add_argument("--peers", nargs="*", default=["torch", "trl"], choices=PEERS)
     parser.add_argument("--costs", action="store_true", help="what parts of our own training cost")
-    parser.add_argument("--side", choices=("ours", *PEERS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -69,12 +60,6 @@ def trainer(ask, loss_fn, params, microbatches=1):
         return jax.block_until_ready(metrics["loss"])
 
     return take
-
-
-def sft_batch(ask):
-    tokens, seen = tokens_of(ask), np.ones((ask.rows, ask.length), bool)
-    mask = seen & (np.arange(ask.length) > 0)
-    return {"tokens": tokens, "seen": seen, "mask": mask, "weights": (mask / mask.sum()).astype(np.float32)}
 
 
 def ours(ask) -> dict:
@@ -111,20 +96,6 @@ def ours(ask) -> dict:
 
 
 # ---- theirs
-
-
-def model_of(ask):
-    import torch
-    import transformers
-
-    if ask.folder:
-        return transformers.AutoModelForCausalLM.from_pretrained(ask.folder, dtype=torch.float32)
-    vocab, layers, width, heads, kv_heads, head, hidden, tied = SHAPES[ask.shape]
-    config = transformers.Qwen3Config(
-        vocab_size=vocab, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, head_dim=head,
-        num_key_value_heads=kv_heads, intermediate_size=hidden, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def of_torch(ask) -> dict:
