@@ -17,13 +17,13 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 @functools.cache
-def weights(config, seed=0):
+def weights(config, seed=0, scale=0.25):
     """Far from the initial ones: with norms of 1 and deviations of 0.02 most mistakes stay below any tolerance."""
     rng = np.random.default_rng(seed)
 
     def fresh(path, x):
         noise = rng.normal(size=x.shape)
-        return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else 0.25 * noise, jnp.float32)
+        return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else scale * noise, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: parameters.init(config, jax.random.key(0))))
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
+from small_models import jit
 
-from pt_jax.models import Config, Execution, apply, attention, forward, init, init_cache, tiles
+from pt_jax.models import Config, Execution, apply, attention, forward, init_cache, tiles
 
 QWEN = Config(vocab=29, layers=2, width=20, heads=6, kv_heads=2, head_width=8, hidden=18, eps=1e-2, tied=False)
 KINDS = {
@@ -35,18 +37,10 @@ SEEN = {
     "texts": np.int32([[1] * 9 + [2] * 12, [0] * 2 + [3] * 7 + [1] * 8 + [0] * 4, [0] * 21, [5] * 21]),
 }
 TOKENS = np.random.default_rng(2).integers(0, 29, (4, T + 1)).astype(np.int32)
+weights = functools.partial(small_models.weights, scale=0.3)
 
 
-@functools.cache
-def weights(config):
-    rng = np.random.default_rng(0)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.float32(path[-1].key.endswith("norm") + 0.3 * rng.normal(size=x.shape)),
-        jax.eval_shape(lambda: init(config, jax.random.key(0))),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jit, static_argnums=(0, 1))
 def computed(config, how, params, seen):
     """Logits of what is seen, and the gradient of a sum that needs all of them."""
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
+from small_models import jit
 
-from pt_jax.models import Config, Execution, apply, attention, bind, decoder, init, init_cache, runs
+from pt_jax.models import Config, Execution, apply, attention, bind, decoder, init_cache, runs
 from pt_jax.models.cache import SLACK, append, begin, forget, stacks
 
 SIZES = {"vocab": 29, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 24, "eps": 1e-2, "tied": False}
@@ -26,19 +28,7 @@ INT8 = ["in turns, two windows, two ropes", "no window"]
 T, LENGTHS = 60, (60, 33, 7)
 SEEN = np.arange(T) >= T - np.array(LENGTHS)[:, None]
 TOKENS = np.random.default_rng(2).integers(0, 29, (3, T)).astype(np.int32)
-# Tiny programs compile longer than they run: half as long like this.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def weights(config):
-    rng = np.random.default_rng(0)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.float32(path[-1].key.endswith("norm") + 0.3 * rng.normal(size=x.shape)),
-        jax.eval_shape(lambda: init(config, jax.random.key(0))),
-    )
-
-
+weights = functools.partial(small_models.weights, scale=0.3)
 of = jit(apply, static_argnums=0)
 
 

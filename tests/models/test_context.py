@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from collectives import moved, numbers
 
-from pt_jax.models import Config, Execution, apply, init
+from pt_jax.models import Config, Execution, apply
 from pt_jax.training import sharding
 
 QWEN = Config(vocab=29, layers=2, width=24, heads=8, kv_heads=2, head_width=8, hidden=16, eps=1e-2, tied=False)
@@ -39,15 +40,7 @@ MESHES = {
     "data, context": {"context": 4},
     "fsdp, context, tensor": {"fsdp": 2, "context": 2, "tensor": 2},
 }
-
-
-@functools.cache
-def weights(config):
-    rng = np.random.default_rng(0)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(path[-1].key.endswith("norm") + 0.3 * rng.normal(size=x.shape)),
-        jax.eval_shape(lambda: init(config, jax.random.key(0))),
-    )
+weights = functools.partial(small_models.weights, scale=0.3)
 
 
 def loss(config, how, params, tokens, seen):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
+from small_models import equations
 
 from pt_jax.models import Config, Execution, apply, bind, init
 
@@ -18,15 +20,7 @@ B, T = 3, 32
 TOKENS = np.random.default_rng(2).integers(0, 29, (B, T)).astype(np.int32)
 SEEN = np.arange(T) >= np.array([[0], [17], [31]])
 REMATS = ("none", "dots", "layer")  # from the most memory to the least
-
-
-@functools.cache
-def weights(config):
-    rng = np.random.default_rng(0)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.float32(path[-1].key.endswith("norm") + 0.3 * rng.normal(size=x.shape)),
-        jax.eval_shape(lambda: init(config, jax.random.key(0))),
-    )
+weights = functools.partial(small_models.weights, scale=0.3)
 
 
 def loss(config, how, params):
@@ -62,16 +56,6 @@ def test_less_is_kept_from_policy_to_policy():
     none, dots, layer = (memory(QWEN, remat) for remat in REMATS)
     assert layer < 0.8 * dots and dots < 0.8 * none, (none, dots, layer)
     assert memory(MIXED, "layer") < 0.5 * memory(MIXED, "none")
-
-
-def equations(jaxpr):
-    """Every equation, those of inner programs too."""
-    for e in jaxpr.eqns:
-        yield e
-        for inner in jax.tree.leaves(list(e.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def program(config, how, params=None):

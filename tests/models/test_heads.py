@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 
 from pt_jax import advantages, logps
 from pt_jax.losses import reward_model, value
@@ -19,21 +20,12 @@ CONFIG = dataclasses.replace(LANGUAGE, head="score")
 LENGTHS = (7, 3, 1, 5)
 T = 9
 
-
-@functools.cache
-def weights(config=CONFIG, seed=0):
-    """Far from the initial ones."""
-    rng = np.random.default_rng(seed)
-
-    def fresh(path, x):
-        noise = rng.normal(size=x.shape)
-        return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else 0.25 * noise, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: init(config, jax.random.key(0))))
-
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}, static_argnums=0)
+jit = functools.partial(small_models.jit, static_argnums=0)
 scores, rewards, values = map(jit, (heads.scores, heads.rewards, heads.values))
+
+
+def weights(config=CONFIG):
+    return small_models.weights(config)
 
 
 def rows(seed=1):
