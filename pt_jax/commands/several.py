@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import secrets
 import time
@@ -33,6 +34,7 @@ class Several:
 
 
 OWN = tuple(field.name for field in dataclasses.fields(Several))
+FILES = ("model", "data", "eval_data", "out")  # each host may have its own path to them
 
 
 @contextlib.contextmanager
@@ -60,15 +62,36 @@ def give_up(error) -> None:
     distributed.give_up(error, 2)
 
 
+def judged(judge, count: int) -> list[float]:
+    """The numbers of so many things, of which each process judges its part, once; all have them all.
+
+    Args:
+      judge: a slice of the things -> a list of their numbers; process 0 is asked for the first.
+      count: of the things.
+    """
+    share, me = -(-count // jax.process_count()), jax.process_index()
+    said = distributed.everybodys(json.dumps(judge(slice(me * share, (me + 1) * share))))
+    return [x for numbers in said for x in json.loads(numbers)]
+
+
 def writes() -> bool:
     """Whether this process is the one that writes logs and models."""
     return jax.process_index() == 0
 
 
-def check_same(noted: dict, step) -> None:
-    """Fails unless all processes run the same options on the same files, from the same step."""
-    options = {name: value for name, value in noted["options"].items() if name not in OWN}
-    distributed.same(**noted | {"options": options, "step": step})
+def check_options(options) -> None:
+    """Fails unless all processes have the same: first of all, or they would not do the same things until they look."""
+    if getattr(options, "coordinator", None) is not None:
+        distributed.same(command=type(options).__name__.lower(), options=_same_of(dataclasses.asdict(options)))
+
+
+def _same_of(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name not in (*OWN, *FILES)}
+
+
+def check_same(noted: dict, step=None) -> None:
+    """Fails unless all processes run the same options on the same files, wherever these lie, from the same step."""
+    distributed.same(**noted | {"options": _same_of(noted["options"]), "step": step})
 
 
 def check_shared(out) -> None:
