@@ -64,6 +64,7 @@ def _run(argv) -> int:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(several.joined(options))
+            several.check_options(options)
             next(run for kind, run in commands.values() if type(options) is kind)(options)
         except (ValueError, FloatingPointError, OSError) as e:
             if not _raised_here(e):
@@ -75,11 +76,16 @@ def _run(argv) -> int:
 
 
 def trained(run):
-    """A training command that says at the end where its model is."""
+    """A command that says at the end where its model is; with --resume auto nothing is done where it is already."""
 
     def command(options):
-        run(options)
-        print(f"Saved {options.out}. Go on with: pt-jax chat {shlex.quote(options.out)}")
+        from pt_jax.commands import keeping
+
+        finished = keeping.finished(options)
+        if not finished:
+            run(options)
+        said = f"{options.out} is finished already; nothing is left to do." if finished else f"Saved {options.out}."
+        print(f"{said} Go on with: pt-jax chat {shlex.quote(options.out)}")
 
     return command
 

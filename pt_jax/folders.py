@@ -1,9 +1,19 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import glob
+import os
 import pathlib
+import platform
 import shutil
 import tempfile
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = "pt_jax.lock"  # held by the process that writes a folder
 
 
 @contextlib.contextmanager
@@ -23,25 +33,59 @@ def appear_whole(path, *, overwrite=False, keep=()):
       ValueError: the folder exists and may not be replaced, or its place cannot be written.
     """
     path = pathlib.Path(path).resolve()  # of a link, the folder that it stands for
+    tidy(path)
     check_writable(path, overwrite=overwrite, keep=keep)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     fresh, old = aside / "new", aside / "old"
     fresh.mkdir()
-    try:
-        yield fresh
-        for name in keep:
-            if (path / name).is_file() and not (fresh / name).exists():
-                shutil.copy2(path / name, fresh / name)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _held(aside):
+        try:
+            yield fresh
+            for name in keep:
+                if (path / name).is_file() and not (fresh / name).exists():
+                    shutil.copy2(path / name, fresh / name)
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(aside):
+    """While the block runs, a lock says that somebody is at work in a folder; it goes with the process."""
+    if fcntl is None:
+        yield
+        return
+    with open(aside / f"{LOCK}.new", "w") as lock:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.write(platform.node())
+            lock.flush()
+            os.replace(aside / f"{LOCK}.new", aside / LOCK)  # whoever sees it sees it locked
+        yield
+
+
+def tidy(path) -> None:
+    """Removes what processes that were killed within ``appear_whole(path)`` have left beside ``path``.
+
+    Where one was killed between its two renames, the new folder, which was whole, gets the name. What a process that
+    lives is writing stays, as does all that was not left by ``appear_whole`` on this machine.
+    """
+    path = pathlib.Path(path).resolve()
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*") if fcntl is not None else ():
+        with contextlib.suppress(OSError), open(aside / LOCK, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+            if lock.read() != platform.node():
+                continue
+            if (aside / "old").exists() and (aside / "new").exists() and not path.exists():
+                (aside / "new").rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_writable(path, *, overwrite=False, keep=()) -> None:

@@ -1,7 +1,12 @@
 """A folder is there whole or not at all, and whatever goes wrong, nothing that was there before is lost."""
 
 import errno
+import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -147,3 +152,83 @@ def test_asking_makes_nothing(tmp_path, old):
     folders.check_writable(old, overwrite=True)
     assert contents(tmp_path) == before
     assert names(tmp_path) == ["model"]
+
+
+# ---- what processes leave that were killed
+
+KILLED = """
+import os, pathlib, signal, sys
+from pt_jax import folders
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+path, at = pathlib.Path(sys.argv[1]), sys.argv[2]
+with folders.appear_whole(path, overwrite=True) as fresh:
+    (fresh / "weights").write_text("new")
+    if at == "writing":
+        killed()
+    rename, calls = pathlib.Path.rename, []
+
+    def counted(self, target):
+        calls.append(rename(self, target))
+        if len(calls) == {"between": 1, "after": 2}[at]:
+            killed()
+
+    pathlib.Path.rename = counted
+"""
+
+
+def kill(path, at):
+    here = os.environ | {"PYTHONPATH": str(pathlib.Path(folders.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), at], env=here)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("at", "left"), [("writing", "old"), ("between", "new"), ("after", "new")])
+def test_what_a_killed_process_left_goes_and_nothing_that_was_whole_is_lost(tmp_path, old, at, left):
+    kill(old, at)
+    assert len(names(tmp_path)) == (1 if at == "between" else 2)
+    for _ in range(2):
+        folders.tidy(old)
+        assert names(tmp_path) == ["model"] and (old / "weights").read_text() == left
+
+
+def test_the_next_folder_of_that_name_takes_it_away(tmp_path):
+    kill(tmp_path / "model", "writing")
+    with folders.appear_whole(tmp_path / "model") as fresh:
+        assert names(tmp_path) == [fresh.parent.name]
+    assert names(tmp_path) == ["model"]
+
+
+def test_what_a_process_that_lives_is_writing_stays(tmp_path, old):
+    with folders.appear_whole(old, overwrite=True) as fresh:
+        (fresh / "weights").write_text("new")
+        folders.tidy(old)
+        assert (fresh / "weights").read_text() == "new"
+    assert contents(tmp_path) == {"model/weights": "new"}
+
+
+def test_what_somebody_else_left_stays(tmp_path, old, monkeypatch):
+    """Without our lock in it, of another name, or from another machine, whose locks are not seen here."""
+    kill(old, "writing")
+    (ours,) = (path for path in tmp_path.iterdir() if path != old)
+    shutil.copytree(ours, tmp_path / ".models.x")
+    (tmp_path / ".model.notes").mkdir()
+    (tmp_path / ".model.notes/diary").write_text("mine")
+    monkeypatch.setattr(folders.platform, "node", lambda: "elsewhere")
+    folders.tidy(old)
+    assert ours.exists()
+    monkeypatch.undo()
+    folders.tidy(old)
+    assert names(tmp_path) == [".model.notes", ".models.x", "model"]
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, old, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", none)
+    with folders.appear_whole(old, overwrite=True) as fresh:
+        (fresh / "weights").write_text("new")
+    assert contents(tmp_path) == {"model/weights": "new"}

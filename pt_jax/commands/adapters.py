@@ -7,7 +7,8 @@ import jax
 from pt_jax import models
 from pt_jax.models import huggingface, lora, peft
 
-FLAGS = ("lora_alpha", "lora_targets", "dora", "rslora", "quantize", "fold")  # which mean nothing without --lora-rank
+# which mean nothing without --lora-rank
+FLAGS = ("lora_alpha", "lora_targets", "lora_plus", "dora", "rslora", "quantize", "fold")
 QUANTIZED = {None: None, "int8": models.quantize.int8, "nf4": models.quantize.nf4}
 
 

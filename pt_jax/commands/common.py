@@ -8,16 +8,16 @@ from typing import Any, Literal
 import jax
 
 from pt_jax import checks, models
-from pt_jax.commands import adapters, keeping, runs, several
+from pt_jax.commands import adapters, evaluating, inputs, keeping, optimizing, runs, several
 from pt_jax.data import rows, tokenizers
-from pt_jax.sampling import Sampling, sample
-from pt_jax.training import moments, optimizers, schedules, sharding
+from pt_jax.sampling import Sampling, sample, sample_queue
+from pt_jax.training import sharding
 
 AXES = ("fsdp", "tensor", "context", "expert")  # of the mesh; data takes the devices that are left
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(keeping.Keeping, several.Several):
+class Training(optimizing.Optimizing, evaluating.Evaluating, keeping.Keeping, several.Several):
     """Options of every training command.
 
     Args:
@@ -28,16 +28,6 @@ class Training(keeping.Keeping, several.Several):
       epochs: passes over the data.
       steps: updates; overrides epochs.
       microbatches: parts that a batch is worked through in, to save memory; changes no result.
-      optimizer: what takes the steps; AdamW's rates and decays carry over to adafactor and muon, lion's rates are 3 to
-        10 times lower.
-      schedule: how the rate falls after its rise: to 0 in a line or along a cosine, not at all, or over the last fifth
-        of the steps (wsd).
-      moments: type that the optimizer's large moments are kept in between two steps; 8 bits spare second moments, which
-        are bfloat16 then.
-      learning_rate: the highest rate.
-      warmup: share of the steps over which the rate rises from 0.
-      weight_decay: times the rate; norms are not decayed.
-      clip: largest global norm of the gradient.
       seed: of everything random: the order of the rows and what is sampled.
       fsdp: devices that the weights are split over.
       tensor: devices that heads, hidden units and the vocabulary are split over.
@@ -65,13 +55,6 @@ class Training(keeping.Keeping, several.Several):
     epochs: float = 1.0
     steps: int | None = None
     microbatches: int = 1
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
-    learning_rate: float = 1e-4
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
     seed: int = 0
     fsdp: int = 1
     tensor: int = 1
@@ -94,16 +77,25 @@ class Training(keeping.Keeping, several.Several):
         """How the model is computed."""
         return models.Execution(remat=self.remat, dtype=self.dtype)
 
+    def reads(self) -> dict[str, str]:
+        """What a run of these options reads: name of the option to the path."""
+        return {name: path for name in inputs.READ if (path := getattr(self, name)) is not None}
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Model:
     """A model folder in memory, and how it is computed."""
 
     folder: str
-    params: dict
+    params: dict | None
     config: models.Config
     tokenizer: Any
     how: models.Execution = models.Execution()  # noqa: RUF009, it does not change
+
+    def give(self) -> dict:
+        """The parameters, which are let go of here: whoever trains them is to be the only one who holds them."""
+        params, self.params = self.params, None
+        return params
 
     @property
     def apply(self):
@@ -121,11 +113,13 @@ class Model:
     def end_tokens(self) -> tuple[int, ...]:
         return tuple(sorted({*self.config.end_tokens, self.tokenizer.eos_token_id}))
 
-    def sampler(self, length: int, how: Sampling):
-        """``sample`` with all bound but params, prompts, seen and key."""
+    def sampler(self, length: int, how: Sampling, slots: int | None = None):
+        """``sample``, or ``sample_queue`` with so many slots, with all bound but params, prompts, seen and key."""
+        by_layer, by = jax.default_backend() == "gpu", sample if slots is None else partial(sample_queue, slots=slots)
+        bound = models.bind(self.config, dataclasses.replace(self.how, cache_by_layer=by_layer))
         return partial(
-            _sample_by_layer(self.config) if jax.default_backend() == "gpu" else sample, apply=self.apply,
-            init_cache=self.init_cache, length=length, how=how, end_tokens=self.end_tokens, pad_token=self.pad_token,
+            _by_layer(self.config, by) if by_layer else by, apply=bound.apply, init_cache=bound.init_cache,
+            length=length, how=how, end_tokens=self.end_tokens, pad_token=self.pad_token,
         )  # fmt: skip
 
     def check_length(self, tokens, source: str, room: int = 0, limit: int | None = None) -> None:
@@ -136,15 +130,15 @@ class Model:
             raise ValueError(f"{source}: has {len(tokens)} tokens{more}, the limit is {limit}; shorten it")
 
 
-def _sample_by_layer(config):
-    """``sample`` of stacked weights, which it takes apart: short runs on a CPU would only wait longer to compile."""
+def _by_layer(config, sampler):
+    """A sampler of stacked weights, which it takes apart: short runs on a CPU would only wait longer to compile."""
     by_layer = jax.jit(partial(models.by_layer, config))
-    return lambda params, *given, **settings: sample(by_layer(params), *given, **settings)
+    return lambda params, *given, **settings: sampler(by_layer(params), *given, **settings)
 
 
 def open_to_train(options) -> Model:
     """The model that a training command starts from, each weight straight to the devices that will hold it."""
-    place = partial(sharding.by_name, mesh=mesh_of(options)) if jax.process_count() == 1 else None
+    place = partial(sharding.by_name, mesh=mesh_of(options))
     return open_model(options.model, options.quantize, options.execution, place)
 
 
@@ -186,34 +180,22 @@ def check_numbers(options, *, above_0=(), at_least_0=(), **ranges) -> None:
             checks.between(flag, value, *bounds)
 
 
-def check_options(options: Training, kinds, **inputs) -> list[dict]:
-    """The rows to train on, after everything that all commands can check without loading the model.
+def check_options(options: Training, kinds) -> tuple[list[dict], list[dict]]:
+    """The rows to train on and those to evaluate on, after all checks that commands share and that need no model.
 
     Args:
       options: the command's.
       kinds: of rows that it can use.
-      **inputs: more files that it reads, option to path.
     """
     counts = ("steps", "microbatches", *AXES, "log_every", "batch_size", "lora_rank", "lora_alpha")
-    check_numbers(
-        options, above_0=("epochs", "learning_rate", *counts), at_least_0=("weight_decay",), warmup=(0.0, 1.0),
-        seed=(0, SEEDS),
-    )  # fmt: skip
-    checks.positive("--clip", options.clip)  # infinity does not clip
+    check_numbers(options, above_0=("epochs", *counts), seed=(0, SEEDS))
+    optimizing.check(options)
     if options.batch_size % options.microbatches:
         raise ValueError(f"--microbatches {options.microbatches} does not divide --batch-size {options.batch_size}")
     keeping.check(options)
-    inputs = adapters.inputs(options) | {"--data": options.data} | inputs
-    runs.check_out(options.out, overwrite=options.overwrite, resume=options.resume, **inputs)
+    evaluating.check(options)
+    reads = {"--" + name.replace("_", "-"): path for name, path in options.reads().items()}
+    runs.check_out(options.out, overwrite=options.overwrite, resume=options.resume, **adapters.inputs(options) | reads)
     adapters.check(options)
-    return rows.read(options.data, kinds=kinds)
-
-
-STORED = {"float32": lambda optimizer: optimizer, "bfloat16": moments.in_bfloat16, "8bit": moments.in_8_bits}
-
-
-def optimizer_of(options: Training, steps: int):
-    """The optimiser that the options ask for."""
-    rate = getattr(schedules, options.schedule)(options.learning_rate, steps, warmup=options.warmup)
-    optimizer = getattr(optimizers, options.optimizer)(rate, weight_decay=options.weight_decay, clip=options.clip)
-    return STORED[options.moments](optimizer)
+    held_out = [] if options.eval_data is None else rows.read(options.eval_data, kinds=kinds)
+    return rows.read(options.data, kinds=kinds), held_out

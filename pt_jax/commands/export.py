@@ -8,7 +8,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from pt_jax import folders
-from pt_jax.commands import adapters, common, dpo, grpo, keeping, runs, sft
+from pt_jax.commands import adapters, common, dpo, grpo, inputs, runs, sft
 from pt_jax.models import lora
 from pt_jax.training import checkpoints
 
@@ -52,11 +52,12 @@ def run(options: Export) -> None:
     )
     how = adapters.of(of_run)
     runs.check_out(options.out, overwrite=options.overwrite, resume="auto", checkpoint=options.checkpoint)
-    keeping.check_inputs(meta, of_run, ("model",))
+    inputs.check(meta, of_run, ("model",))
     model = common.open_model(of_run.model, of_run.quantize)
     shapes = jax.eval_shape(lambda p: p if how is None else lora.init(jax.random.key(0), p, how), model.params)
     master = lambda x: jax.ShapeDtypeStruct(x.shape, np.promote_types(x.dtype, np.float32))  # as ``init_state``
-    trained = checkpoints.restore_part(path, {"params": jax.tree.map(master, shapes)})["params"]
+    part = "params" if of_run.average is None else "averages"  # as ``fitting.Fit.save``
+    trained = checkpoints.restore_part(path, {part: jax.tree.map(master, shapes)})[part]
     with folders.appear_whole(options.out, overwrite=options.overwrite) as folder:
         adapters.write(folder, of_run, model, jax.device_get(trained), model.params)
 
@@ -74,6 +75,8 @@ def find(name: str) -> pathlib.Path:
     raise ValueError(f"{name}: has no complete checkpoint; give the folder of one, or of a run that has some")
 
 
-def _tuples(options: dict) -> dict:
+def _tuples(value):
     """What JSON has made lists of."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if isinstance(value, dict):
+        return {name: _tuples(x) for name, x in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

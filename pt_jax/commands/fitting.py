@@ -3,17 +3,17 @@
 import contextlib
 import math
 import shutil
-from functools import partial
 
 import jax
 import numpy as np
 
 from pt_jax import checks, folders, signals
-from pt_jax.commands import adapters, common, keeping, runs, several
+from pt_jax.commands import adapters, common, evaluating, inputs, keeping, optimizing, runs, several
 from pt_jax.data import batches
 from pt_jax.models import lora
-from pt_jax.tracking import metrics
-from pt_jax.training import capture, distributed, init_state, loop, make_stages, make_train_step, sharding
+from pt_jax.sampling import Sampling
+from pt_jax.tracking import metrics, tables
+from pt_jax.training import capture, distributed, init_state, loop, make_stages, make_train_step, references, sharding
 
 
 class Fit:
@@ -21,54 +21,90 @@ class Fit:
 
     What is trained is ``state.params``; ``frozen`` is what the step takes beside it: with adapters, the model's own
     weights.
+
+    Args:
+      options: of the command.
+      model: of ``common.open_to_train``, whose parameters are taken from it.
+      loss_fn: ``(params, frozen, batch, key) -> (loss, metrics)`` of a whole model.
+      count: rows to train on.
+      follow: of ``references.follow``: the state has a reference, and the loss is given (reference, frozen).
     """
 
-    def __init__(self, options: common.Training, model: common.Model, loss_fn, count: int):
+    def __init__(self, options: common.Training, model: common.Model, loss_fn, count: int, follow=None):
         self.options, self.model, self.count = options, model, count
         self.noted = keeping.noted(options)  # of the files as they were read; they may change while this trains
+        several.check_same(self.noted)
         self.steps = options.steps or max(1, math.ceil(options.epochs * count / options.batch_size))
+        self.updates = self.steps * getattr(options, "updates", 1)
         self.mesh = common.mesh_of(options)
-        hold, parts = jax.device_count() // (options.tensor * options.context), options.microbatches
-        self.parts = hold * parts  # that the rows of a batch are split into
+        self.hold = jax.device_count() // (options.tensor * options.context)
+        self.parts = self.hold * options.microbatches  # that the rows of a batch are split into
+        self._check()
+        self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
+        self.evaluations: evaluating.Evaluations | None = None  # see ``evaluate``
+        self.how, self.frozen = adapters.of(options), None
+        key, trained = jax.random.key(options.seed), model.give()
+        if self.how is not None:
+            base = sharding.place(trained, sharding.by_name(trained, self.mesh))
+            self.frozen, loss_fn = (base, None), lora.adapted(loss_fn, self.how)
+            own_key = jax.random.fold_in(key, common.SEEDS - 1)  # no step's
+            trained = jax.jit(lora.init, static_argnums=2)(own_key, base, self.how)
+        self.loss_fn = sharding.within(self.mesh, loss_fn)
+        optimizer = optimizing.optimizer_of(options, self.updates)
+
+        def begin(params):
+            with_reference = {} if follow is None else {"reference": params}
+            return init_state(params, optimizer, key, **optimizing.begins_with(options, params), **with_reference)
+
+        trained = sharding.place(trained, sharding.by_name(trained, self.mesh))
+        layout = sharding.by_name(jax.eval_shape(begin, trained), self.mesh)
+        # what was read becomes what is trained, and moments are made where they will lie
+        self.state = jax.jit(begin, out_shardings=layout, donate_argnums=0)(trained)
+        around = optimizing.around(options) | {"microbatches": options.microbatches}
+        if follow is not None:
+            around["after"].append(follow)
+            around["frozen_of"] = self._beside_reference
+        self.train_step = make_train_step(self.loss_fn, optimizer, shardings=layout, **around)
+        if options.capture:
+            stages = jax.jit(make_stages(self.loss_fn, optimizer, **around))
+            folder = runs.unfinished(options.out) / "steps"
+            self.train_step = capture.recording(self.train_step, stages, folder, options.capture)
+
+    def _check(self) -> None:
+        """Fails with a sentence when the options do not go with the devices or the number of steps."""
+        options = self.options
         if options.batch_size % self.parts:
             raise ValueError(
                 f"--batch-size {options.batch_size} must be a multiple of {self.parts}: its rows are split over "
-                f"{hold} devices and {parts} microbatches"
+                f"{self.hold} devices and {options.microbatches} microbatches"
             )
-        self.updates = self.steps * getattr(options, "updates", 1)
-        optimizer = common.optimizer_of(options, self.updates)
-        self.how, self.frozen, trained = adapters.of(options), None, model.params
-        key = jax.random.key(options.seed)
-        if self.how is not None:
-            self.frozen = sharding.place(model.params, sharding.by_name(model.params, self.mesh)), None
-            own_key = jax.random.fold_in(key, common.SEEDS - 1)  # no step's
-            trained = jax.jit(lora.init, static_argnums=2)(own_key, model.params, self.how)
-            loss_fn = lora.adapted(loss_fn, self.how)
-        trained = sharding.place(trained, sharding.by_name(trained, self.mesh))
-        begin = partial(init_state, optimizer=optimizer, key=key)
-        layout = sharding.by_name(jax.eval_shape(begin, trained), self.mesh)
-        self.state = jax.jit(begin, out_shardings=layout)(trained)  # moments are made where they will lie
-        self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
-        loss_fn = sharding.within(self.mesh, loss_fn)
-        self.train_step = make_train_step(loss_fn, optimizer, microbatches=options.microbatches, shardings=layout)
         if options.profile is not None and options.profile[1] > self.steps:
             first, last = options.profile
             raise ValueError(f"--profile {first} {last}: the run has {self.steps} steps; give steps that it has")
         for update in options.capture:
             checks.between("--capture", update, 0, self.updates)
-        if options.capture:
-            stages = jax.jit(make_stages(loss_fn, optimizer, microbatches=options.microbatches))
-            folder = runs.unfinished(options.out) / "steps"
-            self.train_step = capture.recording(self.train_step, stages, folder, options.capture)
+        optimizing.check_updates(options, self.updates)
 
-    @property
-    def params(self):
-        """The model as it is now, for everything that asks it."""
-        return self.params_of(self.state)
+    def _beside_reference(self, state, frozen):
+        """What is frozen, as the loss takes it: with the reference of a state."""
+        if self.how is None:
+            return references.beside(state, frozen)
+        base, rest = frozen
+        return base, (lora.attach(base, state.reference, self.how), rest)
 
     def params_of(self, state):
-        """The model of a state."""
-        return state.params if self.how is None else lora.attach(self.frozen[0], state.params, self.how)
+        """The model that is being trained, as it is in a state."""
+        return self._model_of(state.params)
+
+    def result_of(self, state):
+        """The model that would be written: with --average, the average."""
+        return self._model_of(self._written(state))
+
+    def _written(self, state):
+        return state.params if self.options.average is None else state.averages
+
+    def _model_of(self, trained):
+        return trained if self.how is None else lora.attach(self.frozen[0], trained, self.how)
 
     def reference(self):
         """The model before training, which stays: with adapters their base, else a copy."""
@@ -78,8 +114,37 @@ class Fit:
         """A batch with its rows and tokens split over the mesh."""
         return sharding.place(batch, sharding.of_batch(batch, self.mesh))
 
+    def sampler(self, length: int, how: Sampling, slots: int | None = None):
+        """``Model.sampler``, its prompts split over the mesh where that divides them; each host has all it gives."""
+        draw, whole = self.model.sampler(length, how, slots), sharding.rows(self.mesh)
+
+        def drawn(params, prompts, seen, key, **settings):
+            if len(prompts) % self.hold == 0:
+                prompts, seen = sharding.place((prompts, seen), whole)
+            return distributed.fetched(draw(params, prompts, seen, key, **settings))
+
+        return drawn
+
     def rows_of_step(self, step: int) -> np.ndarray:
         return batches.rows_of_step(self.count, self.options.batch_size, step, seed=self.options.seed)
+
+    def evaluate(self, metric: str, function) -> None:
+        """From here on the run is evaluated on its way.
+
+        Args:
+          metric: that patience looks at.
+          function: state -> metrics, of the state alone.
+        """
+        self.evaluations = evaluating.Evaluations(self.options, self.steps, metric, function)
+
+    def evaluate_loss(self, batch) -> None:
+        """The same by the loss and its metrics over a batch of any size, of arrays of the host."""
+        few = self.hold * -(-len(batch["weights"]) // self.hold)
+        rows = min(few, self.options.batch_size // self.options.microbatches)
+        of_loss = evaluating.of_loss(self.loss_fn, batch, rows=rows, place=self.place)
+        moves = self.state.reference is not None
+        frozen_of = lambda state: self._beside_reference(state, self.frozen) if moves else self.frozen
+        self.evaluate("eval_loss", lambda state: of_loss(self._written(state), frozen_of(state)))
 
     @contextlib.contextmanager
     def stage(self, name: str, tracker=None):
@@ -97,11 +162,11 @@ class Fit:
         with signals.deferred(), keeping.opened(self.options, warn) as self.saved:
             several.check_shared(self.options.out)
             done = keeping.step_to_resume(self.options, self.saved)
-            if jax.process_count() > 1:
-                several.check_same(self.noted, done)
+            distributed.same(step=done)
             if done is not None:
                 self._resume(done)
-            with runs.stage(self.options, name, self.steps, None, done) as (self.tracker, on, logs):
+            stage = runs.stage(self.options, name, self.steps, None, done, self.noted["inputs"])
+            with stage as (self.tracker, on, logs):
                 for sentence in notes:
                     self.tracker.warn(sentence)
                 if done is not None:
@@ -115,23 +180,31 @@ class Fit:
         where = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         like, self.state = jax.tree.map(where, self.state), None  # there is no room for both
         self.state = self.saved.restore(step, like)
-        keeping.check_inputs(self.saved.meta(step), self.options)
+        meta = self.saved.meta(step)
+        inputs.check(meta, self.options)
+        if self.evaluations is not None:
+            self.evaluations.history = meta.get("evaluations", [])
         distributed.everybodys("restored")  # none is to read what is removed
         if several.writes():
             self.saved.go_on_from(step)
         self.done = step
 
-    def run(self, batch_of_step, on, *, step=None, callbacks=(), bad_batch=None) -> None:
-        """All steps that are not done.
+    def run(self, batch_of_step, on, *, step=None, bad_batch=None) -> None:
+        """All steps that are not done, with the evaluations between them.
 
         Args:
           batch_of_step: step number -> batch of arrays with rows in front; what ``step`` takes, when that is given.
           on: the stage that metrics are reported to.
           step: ``(state, frozen, batch) -> (state, metrics)``; the train step when None.
-          callbacks: see ``loop.fit``.
           bad_batch: step number -> the arrays that it trained on; ``batch_of_step`` when None.
         """
-        options, batch_of = self.options, batch_of_step
+        options, batch_of, evaluations = self.options, batch_of_step, self.evaluations
+        if evaluations is not None and self.done and evaluations.over():
+            return  # it was killed before its model was there
+        if self.saved is not None and self.done < self.steps:
+            self.tracker.print(held(self.state, None if self.how is None else self.frozen[0]))
+        if evaluations is not None and self.done == 0:
+            on.step(0, {name: float(x) for name, x in jax.device_get(evaluations(self.state)).items()})
         if step is None:
             batch_of = lambda i: self.place(batch_of_step(i))
             if self.done < self.steps:
@@ -141,7 +214,8 @@ class Fit:
                 self.state = loop.fit(
                     self.state, step or self.train_step, batch_of, steps=self.steps, start=self.done,
                     on_metrics=on.step, log_every=options.log_every, frozen=self.frozen,
-                    callbacks=(*callbacks, *profile), bad_steps=options.bad_steps,
+                    callbacks=(*(() if evaluations is None else (evaluations.after,)), *profile),
+                    bad_steps=options.bad_steps,
                     **({} if self.saved is None else self._kept()),
                 )  # fmt: skip
             except FloatingPointError as e:
@@ -149,13 +223,9 @@ class Fit:
                     keeping.leave_batch(e, (bad_batch or batch_of_step)(e.step), self)
                 raise
 
-    def records(self) -> list[dict]:
-        """What the run has logged so far, in earlier processes too; nothing where the log is another's."""
-        return [] if self.saved is None else metrics.read(runs.unfinished(self.options.out) / "metrics.jsonl")
-
     def show(self, step: int, samples) -> None:
         """Adds some samples of a step to samples.jsonl in the run's own folder, if it has one."""
-        if self.saved is None:
+        if self.saved is None or not several.writes():
             return
         try:
             metrics.append(runs.unfinished(self.options.out) / "samples.jsonl", step, samples)
@@ -184,14 +254,15 @@ class Fit:
 
         def save(step, state, values):
             keeping.check_metric(self.options, step, values)
-            self.saved.save(step, state, metrics=values, meta=self.noted)
+            known = [] if self.evaluations is None else [*self.evaluations.history]
+            self.saved.save(step, state, metrics=values, meta=self.noted | {"evaluations": known})
 
         every = loop.every(self.options.checkpoint_every, save, self.saved.poll)
         return {"save": every, "stop": keeping.stop(self.options)}
 
     def save(self, logs=()) -> None:
         """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""
-        trained, model = distributed.fetched(self.state.params), self.model
+        trained, model = distributed.fetched(self._written(self.state)), self.model
         base = None if self.how is None else distributed.fetched(self.frozen[0])
         for path, x in jax.tree_util.tree_leaves_with_path(trained):
             if not np.isfinite(x).all():
@@ -207,3 +278,24 @@ class Fit:
                 shutil.copy2(log, folder)
             if logs:
                 runs.draw(folder)
+
+
+def held(state, base=None):
+    """What lives where, part by part, as a table for the terminal: bytes of all, and on each device.
+
+    Args:
+      state: of a run, on its devices.
+      base: the weights beneath adapters, or None.
+    """
+    parts = {"trained": state.params, "frozen": base, "moments": state.opt_state, "averages": state.averages}
+    parts |= {"reference": state.reference}
+    arrays = {name: [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")] for name, tree in parts.items()}
+    size = lambda x, shape: math.prod(shape) * x.dtype.itemsize
+    rows = [
+        [name, sum(size(x, x.shape) for x in some), sum(size(x, x.sharding.shard_shape(x.shape)) for x in some)]
+        for name, some in arrays.items()
+        if some
+    ]
+    rows.append(["together", *(sum(row[i] for row in rows) for i in (1, 2))])
+    devices = len(state.step.sharding.device_set)
+    return tables.table("what lives where", ["", "bytes", f"on each of {devices}" if devices > 1 else "here"], rows)

@@ -12,15 +12,14 @@ import jax
 import numpy as np
 
 from pt_jax import advantages, weights
-from pt_jax.commands import common, fitting
+from pt_jax.commands import common, fitting, several
 from pt_jax.data import batches, encode
-from pt_jax.data import rows as data_rows
 from pt_jax.recipes import grpo as recipe
 from pt_jax.recipes.score import make_score
 from pt_jax.rewards import answers
 from pt_jax.sampling import Sampling, text
 from pt_jax.sampling.distribution import GREEDY
-from pt_jax.training import loop, sharding
+from pt_jax.training import distributed, sharding
 
 REWARDS = {"number": answers.number, "exact": answers.exact}
 MEANS = {"token": weights.token_mean, "sequence": weights.sequence_mean}
@@ -36,6 +35,8 @@ class GRPO(common.Training):
       group: completions a prompt.
       updates: updates on the samples of a step.
       max_new_tokens: longest completion.
+      slots: completions that are sampled at a time; where one ends, the next is begun. All of a step's when not given.
+        Changes no sample; fewer slots than completions save memory, and time where lengths differ much.
       temperature: of sampling.
       reward: "number" (the last number is the answer's), "exact" (the text is), or FILE.py:FUNCTION of your own, called
         with the completion and its row.
@@ -44,9 +45,6 @@ class GRPO(common.Training):
       clip_high: how far above.
       mean: every token weighs the same, or every completion does.
       advantage: over the group's deviation, or only centred.
-      eval_data: rows to answer greedily, for the metric eval_reward.
-      eval_every: steps between two evaluations; also before the first step and after the last.
-      patience: end after so many evaluations in a row that were no better than the best before them.
     """
 
     learning_rate: float = 1e-5
@@ -55,6 +53,7 @@ class GRPO(common.Training):
     group: int = 8
     updates: int = 1
     max_new_tokens: int = 64
+    slots: int | None = None
     temperature: float = 1.0
     reward: str = "number"
     kl: float = 0.0
@@ -62,28 +61,21 @@ class GRPO(common.Training):
     clip_high: float = 0.2
     mean: Literal["token", "sequence"] = "sequence"
     advantage: Literal["relative", "centred"] = "relative"
-    eval_data: str | None = None
-    eval_every: int = 10
-    patience: int | None = None
+
+    def reads(self) -> dict[str, str]:
+        file = reward_file(self.reward)
+        return super().reads() | ({"reward": file} if file else {})
 
 
 def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     """Trains and saves; see ``sft.run``."""
     common.check_numbers(
-        options, above_0=("updates", "max_new_tokens", "eval_every", "temperature", "patience"),
-        at_least_0=("kl", "clip_high"), clip_low=(0.0, 1.0),
+        options, above_0=("updates", "max_new_tokens", "slots", "temperature"), at_least_0=("kl", "clip_high"),
+        clip_low=(0.0, 1.0),
     )  # fmt: skip
-    if jax.process_count() > 1:
-        raise ValueError(
-            "--coordinator: grpo reads its samples on one host, so it runs in one process; sft and dpo in several"
-        )
     if options.group < 2:
         raise ValueError(f"--group {options.group}: answers are compared within a group, so it needs at least 2")
-    if options.patience and not options.eval_data:
-        raise ValueError(f"--patience {options.patience} is of evaluations; give --eval-data")
-    files = {"--eval-data": options.eval_data, "--reward": reward_file(options.reward)}
-    rows = common.check_options(options, kinds=("question",), **files)
-    held_out = data_rows.read(options.eval_data, kinds=("question",)) if options.eval_data else []
+    rows, held_out = common.check_options(options, kinds=("question",))
     reward = find_reward(options.reward)
     try_reward(options.reward, reward, rows, held_out)
     model = common.open_to_train(options)
@@ -94,11 +86,13 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     fit = fitting.Fit(options, model, loss_fn, len(rows))
     prompts = encode_prompts(model, rows, options.max_new_tokens)
     length = batches.bucket(max(map(len, prompts)))
-    sampler = model.sampler(options.max_new_tokens, how)
+    sampler = fit.sampler(options.max_new_tokens, how, options.slots)
     score = make_score(sharding.within(fit.mesh, model.apply), how)
     reference = fit.reference() if options.kl else None
     sample_key = jax.random.fold_in(jax.random.key(options.seed), 1)
-    evaluate = Evaluation(model, held_out, reward, options.max_new_tokens)
+    if held_out:
+        evaluate = Evaluation(fit, held_out, reward, options.max_new_tokens, options.slots)
+        fit.evaluate("eval_reward", lambda state: evaluate(fit.result_of(state)))
 
     def rollout(params, step):
         """The batch of a step and what its samples say."""
@@ -106,27 +100,34 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         tokens, seen = text.pad_prompts([prompts[i] for i in ids], pad_token=model.pad_token, length=length)
         # a prompt's random numbers are addressed by when it comes up, so its next turn samples anew
         turns = np.arange(step * len(ids), (step + 1) * len(ids))
-        out = sampler(params, *fit.place((tokens, seen)), sample_key, group=options.group, prompt_ids=turns)
-        texts = text.to_texts(model.tokenizer, out)
-        verdicts = [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids, options.group))]
-        rewards = np.asarray(verdicts, np.float32).reshape(len(ids), options.group)
-        source = rows[ids[0]]["source"]
-        shown = [{"source": source, "completion": t, "reward": v} for t, v in zip(texts[: options.group], verdicts)]
-        fit.show(step + 1, shown)
+        out = sampler(params, tokens, seen, sample_key, group=options.group, prompt_ids=turns)
+        texts = []
+
+        def verdicts(of):
+            at = slice(of.start * options.group, of.stop * options.group)
+            texts.extend(text.to_texts(model.tokenizer, jax.tree.map(lambda x: x[at], out)))
+            return [judge(reward, t, rows[i]) for t, i in zip(texts, np.repeat(ids[of], options.group))]
+
+        said = several.judged(verdicts, len(ids))
+        rewards = np.asarray(said, np.float32).reshape(len(ids), options.group)
+        source, shown = rows[ids[0]]["source"], zip(texts[: options.group], said)
+        fit.show(step + 1, [{"source": source, "completion": t, "reward": v} for t, v in shown])
         batch = recipe.make_batch(
             tokens, seen, out, rewards, weigh=MEANS[options.mean], advantage=ADVANTAGES[options.advantage]
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
-    recent = collections.deque(maxlen=options.log_every + 1)  # (step, batch), until it is known whether they were good
+    recent = collections.deque(maxlen=options.log_every + 1)  # (step, batch of the host), until known to be good
 
     def sample_and_update(state, frozen, step):
         """All updates of a step of the loop, which is a rollout and counts as one."""
-        batch, said = rollout(fit.params_of(state), step)
-        batch = fit.place(batch)
+        whole, said = rollout(fit.params_of(state), step)
+        batch = fit.place(whole)
         if reference is not None:
-            batch |= fit.place({"ref_logps": score(reference, batch["tokens"], batch["seen"], batch["mask"])})
-        recent.append((step, batch))
+            logps = score(reference, batch["tokens"], batch["seen"], batch["mask"])
+            whole["ref_logps"] = distributed.fetched(logps)
+            batch |= fit.place({"ref_logps": logps})
+        recent.append((step, whole))
         if step == fit.done:
             fit.compile(batch)
         skipped = 0
@@ -134,36 +135,15 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
             state, metrics = fit.train_step(state, frozen, batch)
             skipped = max(skipped, int(metrics["skipped"]))
             if update == 0:
-                said |= recipe.sampler_agreement(batch, metrics["logps"])
-                batch |= fit.place({"old_logps": metrics["logps"], "fresh": np.zeros(len(batch["fresh"]), bool)})
+                now = distributed.fetched(metrics["logps"])
+                said |= recipe.sampler_agreement(whole, now)
+                whole |= {"old_logps": now, "fresh": np.zeros(len(now), bool)}
+                batch |= fit.place({"old_logps": metrics["logps"], "fresh": whole["fresh"]})
         metrics = {k: v for k, v in metrics.items() if v.ndim == 0}
         return state, metrics | {"skipped": skipped} | said
 
-    history = []  # of the evaluations
-
-    def at_an_end():
-        return bool(options.patience) and loop.out_of_patience(history, options.patience, max)
-
-    def evaluation(step, state, metrics):
-        if step % options.eval_every and step != fit.steps:
-            return None
-        found = evaluate(fit.params_of(state))
-        history.append(found["eval_reward"])
-        if at_an_end():
-            raise loop.EndOfTraining(**found)
-        return found
-
     with fit.stage(stage, tracker) as (_, on, logs):
-        if held_out and fit.done == 0:
-            on.step(0, evaluate(fit.params))
-            history.append(on.latest["eval_reward"])
-        history += [record["eval_reward"] for record in fit.records() if "eval_reward" in record and fit.done]
-        ended = fit.done and "eval_reward" in on.latest and at_an_end()  # and killed before its model was there
-        if not ended:
-            fit.run(
-                lambda step: step, on, step=sample_and_update, callbacks=(evaluation,) if held_out else (),
-                bad_batch=lambda step: dict(recent)[step],
-            )  # fmt: skip
+        fit.run(lambda step: step, on, step=sample_and_update, bad_batch=lambda step: dict(recent)[step])
         fit.save(logs)
     return on.latest
 
@@ -171,16 +151,19 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
 class Evaluation:
     """Greedy answers to held-out questions; it has no state and uses no key of the run."""
 
-    def __init__(self, model: common.Model, rows, reward, length: int):
-        self.model, self.rows, self.reward = model, rows, reward
-        self.prompts = encode_prompts(model, rows, length)
-        self.sampler = model.sampler(length, GREEDY)
+    def __init__(self, fit: fitting.Fit, rows, reward, length: int, slots: int | None):
+        self.model, self.rows, self.reward = fit.model, rows, reward
+        self.prompts = encode_prompts(fit.model, rows, length)
+        self.sampler = fit.sampler(length, GREEDY, slots)
+        self.at_a_time = 64 if slots is None else len(rows)  # one queue for all
 
     def __call__(self, params) -> dict:
         texts = text.complete(
-            self.sampler, params, self.model.tokenizer, self.prompts, jax.random.key(0), pad_token=self.model.pad_token
-        )
-        return {"eval_reward": float(np.nanmean([judge(self.reward, t, row) for t, row in zip(texts, self.rows)]))}
+            self.sampler, params, self.model.tokenizer, self.prompts, jax.random.key(0),
+            pad_token=self.model.pad_token, rows=self.at_a_time,
+        )  # fmt: skip
+        of = lambda at: [judge(self.reward, t, row) for t, row in zip(texts[at], self.rows[at])]
+        return {"eval_reward": float(np.nanmean(several.judged(of, len(texts))))}
 
 
 def encode_prompts(model: common.Model, rows, room: int) -> list[np.ndarray]:

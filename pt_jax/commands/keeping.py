@@ -3,17 +3,15 @@
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Literal
 
 import jax
 import numpy as np
-import xxhash
 
 from pt_jax import checks, signals
-from pt_jax.commands import runs, several
+from pt_jax.commands import evaluating, inputs, runs, several
 from pt_jax.tracking import sinks
-from pt_jax.training import checkpoints, distributed, loop, manifests, specs
+from pt_jax.training import checkpoints, distributed, loop, specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,6 @@ MAY_CHANGE = (
     "out", "overwrite", "log_every", "microbatches", "fsdp", "tensor", "context", "expert", "remat",
     *(field.name for field in dataclasses.fields(Keeping)), *several.OWN,
 )  # fmt: skip
-INPUTS = ("model", "data", "eval_data")  # these are compared by what is in them, wherever it now lies
 
 
 def check(options: Keeping) -> None:
@@ -87,7 +84,7 @@ def opened(options: Keeping, warn) -> checkpoints.Checkpoints:
 
 def best_of(name: str):
     """For ``Checkpoints``: how good the metrics of a checkpoint are; worst where this one was not measured."""
-    sign = -1 if name.endswith("loss") else 1
+    sign = -1 if evaluating.best(name) is min else 1
     return lambda metrics: -math.inf if math.isnan(value := metrics.get(name, math.nan)) else sign * value
 
 
@@ -122,50 +119,47 @@ def _numbers(steps) -> str:
 
 def noted(options: Keeping) -> dict:
     """What is noted beside a run's state, so that it is gone on with as it was begun."""
-    return {
-        "command": type(options).__name__.lower(),
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
-        "inputs": {name: content(path) for name in INPUTS if (path := getattr(options, name, None)) is not None},
-    }
+    return _said(options) | {"inputs": inputs.noted(options)}
+
+
+def _said(options) -> dict:
+    return {"command": type(options).__name__.lower(), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
 
 
 def check_options(meta: dict, options: Keeping) -> None:
     """Fails with a sentence when a run would go on in another way than it was begun."""
-    now = {"command": type(options).__name__.lower(), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    now, plain = _said(options), {field.name: field.default for field in dataclasses.fields(options)}
     if meta["command"] != now["command"]:
         raise ValueError(f"--resume: the checkpoint is of pt-jax {meta['command']}, this is pt-jax {now['command']}")
-    for name, value in meta["options"].items():
-        wanted = now["options"].get(name)
-        if name not in (*MAY_CHANGE, *INPUTS) and value != wanted:
+    for name, wanted in now["options"].items():
+        value = meta["options"].get(name, plain[name])  # an option that did not exist then was not given
+        if name not in (*MAY_CHANGE, *inputs.READ) and value != wanted:
             raise ValueError(
                 f"--{name.replace('_', '-')} was {value} in the run that the checkpoint is of, and is {wanted} now; a "
                 "run goes on as it was begun"
             )
 
 
-def check_inputs(meta: dict, options: Keeping, names=INPUTS) -> None:
-    """Fails with a sentence when the data or the model are not those that a run was begun with."""
-    for name, before in meta["inputs"].items():
-        if name not in names:
-            continue
-        path = getattr(options, name)
-        if path is None or content(path) != before:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {path} is not what the run was begun with; a run goes on with the same"
-            )
+def finished(options) -> bool:
+    """Whether --resume auto finds that the run has come to its end: its model is at --out, and nothing is left to do.
 
+    What a run that was killed in its very last moment has not put beside its model is put there.
 
-def content(path) -> str:
-    """A checksum of a file; of a folder one of its files' sizes and of all of its JSON: weights take long to read."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        return manifests.digest(path)
-    state = xxhash.xxh3_128()
-    for file in sorted(p for p in path.glob("*") if p.is_file() and p.suffix in (".json", ".safetensors")):
-        if file.name not in runs.LOGS:
-            state.update(f"{file.name} {file.stat().st_size} ".encode())
-            state.update(file.read_bytes() if file.suffix == ".json" else b"")
-    return state.hexdigest()
+    Raises:
+      ValueError: the model is of a run with other options, or of other data.
+    """
+    if getattr(options, "resume", "never") != "auto" or options.overwrite:
+        return False
+    if (meta := runs.finished(options.out)) is None:
+        return False
+    try:
+        check_options(meta, options)
+        inputs.check(meta, options)
+    except ValueError as e:
+        raise ValueError(f"--out {options.out} has the model of another run; give another folder ({e})") from e
+    if several.writes() and runs.left_open(options.out):
+        runs.close(options.out)
+    return True
 
 
 def stop(options: Keeping):

@@ -37,6 +37,7 @@ def check_out(out, *, overwrite: bool, resume: str = "never", **inputs) -> None:
       **inputs: name of an option to the path that it gives, or None.
     """
     check_place(out, **inputs)
+    folders.tidy(out)
     folders.check_writable(out, overwrite=overwrite)
     path = pathlib.Path(out).resolve()
     if path.is_dir() and any(path.iterdir()) and not _is_a_model(path):
@@ -67,6 +68,15 @@ def _is_a_model(path) -> bool:
     )
 
 
+def finished(out) -> dict | None:
+    """The run.json of the training command whose model is at ``out``; None where there is no such model."""
+    folders.tidy(out)
+    path = pathlib.Path(out).resolve()
+    about = _read(path / "run.json")
+    whole = about.get("command") in TRAINING and "options" in about and any(path.glob("*.safetensors"))
+    return about if whole else None
+
+
 def _read(file) -> dict:
     """The object in a JSON file, an empty one where there is none."""
     try:
@@ -88,7 +98,7 @@ def _kept(folder) -> list[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def opened(folder, options, stages: dict, done: int | None = None):
+def opened(folder, options, stages: dict, done: int | None = None, inputs: dict | None = None):
     """A tracker that writes into a run's folder: options and versions in run.json, metrics in metrics.jsonl.
 
     Called once all input is known to be good, because it makes the folder. An error that ends the run is given this
@@ -99,6 +109,7 @@ def opened(folder, options, stages: dict, done: int | None = None):
       options: its record of options.
       stages: name to guessed seconds, in order.
       done: the step that an earlier process's checkpoint is of; None begins anew.
+      inputs: checksums of what it reads.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +118,8 @@ def opened(folder, options, stages: dict, done: int | None = None):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     else:
         metrics.cut(folder / "samples.jsonl", done)
-    (folder / "run.json").write_text(json.dumps(about(options) | {"resumed_from": done}, indent=2) + "\n")
+    said = about(options) | {"inputs": inputs or {}, "resumed_from": done}
+    (folder / "run.json").write_text(json.dumps(said, indent=2) + "\n")
     try:
         with (
             JsonlLog(folder / "metrics.jsonl", done) as log,
@@ -154,7 +166,7 @@ def _revision() -> str | None:
 
 
 @contextlib.contextmanager
-def stage(options, name: str, total: int, tracker=None, done: int | None = None):
+def stage(options, name: str, total: int, tracker=None, done: int | None = None, inputs: dict | None = None):
     """One stage of a run: of the tracker that is given, or of a new one.
 
     A new one logs into ``unfinished(options.out)``, so that an earlier run's folder stays as it is until the new model
@@ -169,30 +181,43 @@ def stage(options, name: str, total: int, tracker=None, done: int | None = None)
             tracker = Tracker()  # number 0 tells of the run, and writes
         if tracker is None:
             folder = unfinished(options.out)
-            tracker = stack.enter_context(opened(folder, options, {name: 60.0}, done))
+            tracker = stack.enter_context(opened(folder, options, {name: 60.0}, done, inputs))
             logs = tuple(folder / log for log in LOGS)
         yield tracker, stack.enter_context(tracker.stage(name, total, done or 0)), logs
-    for log in logs:
-        log.unlink()
-    for folder in {log.parent for log in logs}:
-        _hand_over(folder, pathlib.Path(options.out).resolve())
-        with contextlib.suppress(OSError):  # somebody put something in
-            folder.rmdir()
+    if logs:
+        close(options.out)
+
+
+def close(out) -> None:
+    """Moves what a run has left beside its logs to its model, and removes the logs, of which the model has copies."""
+    folder, path = unfinished(out), pathlib.Path(out).resolve()
+    for left in _kept(folder):
+        if path.is_dir() and not (path / left.name).exists():
+            left.rename(path / left.name)
+    for log in LOGS:
+        (folder / log).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody put something in
+        folder.rmdir()
+
+
+def left_open(out) -> bool:
+    """Whether the logs in ``unfinished(out)`` are those of the model at ``out``: its run did not get to ``close``."""
+    logs = [log for log in LOGS if (unfinished(out) / log).is_file()]
+    same = lambda log: (unfinished(out) / log).read_bytes() == (pathlib.Path(out) / log).read_bytes()
+    return bool(logs) and all((pathlib.Path(out) / log).is_file() and same(log) for log in logs)
 
 
 def draw(folder) -> None:
-    """The curves of a run's metrics as curves.png, those of them that it has; without any, no picture."""
+    """The curves of a run's metrics as curves.png, those of them that it has; without any, no picture.
+
+    What was measured on rows that are not trained on stands beside the same of those that are.
+    """
     records, panels = metrics.read(folder / "metrics.jsonl"), []
     for name in dict.fromkeys(record["stage"] for record in records):
         known = {metric for record in records if record["stage"] == name for metric in record}
         for panel in plots.PANELS.get(name, ()):
-            if has := tuple(metric for metric in panel.metrics if metric in known):
+            both = dict.fromkeys(x for metric in panel.metrics for x in (metric, f"eval_{metric}"))
+            if has := tuple(metric for metric in both if metric in known):
                 panels.append(dataclasses.replace(panel, metrics=has))
     if panels:
         plots.curves(records, folder / "curves.png", panels)
-
-
-def _hand_over(folder, out) -> None:
-    for path in _kept(folder):
-        if out.is_dir() and not (out / path.name).exists():
-            path.rename(out / path.name)

@@ -41,15 +41,18 @@ def run(options: SFT, tracker=None, stage: str = "sft") -> dict:
       The metrics of the last step; with packing also ``packing/filled``, the share of all rows that was tokens.
     """
     common.check_numbers(options, above_0=("max_length",))
-    rows = common.check_options(options, kinds=("text", "messages", "completion"))
+    data = common.check_options(options, kinds=("text", "messages", "completion"))
     model = common.open_to_train(options)
-    examples = [encode.supervised(model.tokenizer, row) for row in rows]
-    for example in examples:
+    examples, held_out = ([encode.supervised(model.tokenizer, row) for row in rows] for rows in data)
+    for example in (*examples, *held_out):
         model.check_length(example.tokens, example.source, limit=options.max_length)
     fit = fitting.Fit(options, model, recipe.make_loss(model.apply), len(examples))
     length = batches.bucket(max(len(e.tokens) for e in examples))
 
-    how = {"pad_token": model.pad_token, "weigh": MEANS[options.mean], "length": length}
+    how = {"pad_token": model.pad_token, "weigh": MEANS[options.mean]}
+    if held_out:
+        fit.evaluate_loss(recipe.make_batch(held_out, **how))
+    how["length"] = length
     make_batch, packed = recipe.make_batch, {}
     if options.packing:
         sizes = [[len(examples[i].tokens) for i in fit.rows_of_step(step)] for step in range(fit.steps)]

@@ -7,6 +7,7 @@ from pt_jax import logps, weights
 from pt_jax.data import packing
 from pt_jax.losses import likelihood, preference
 from pt_jax.recipes import sft
+from pt_jax.training import distributed
 
 
 def make_loss(apply, *, beta=0.1, label_smoothing=0.0, nll=0.0):
@@ -150,7 +151,9 @@ def make_shared_batch(pairs, ref_chosen, ref_rejected, *, pad_token: int, length
     return batch | {"weights": np.asarray(weights.row_mean(jnp.ones(len(pairs), bool)))}
 
 
-def reference_logps(score, params, examples, *, pad_token: int, length: int, rows: int) -> np.ndarray:
+def reference_logps(
+    score, params, examples, *, pad_token: int, length: int, rows: int, place=lambda x: x
+) -> np.ndarray:
     """Summed log-probabilities of examples under the reference: [N] float32, once for a whole data set.
 
     Args:
@@ -160,12 +163,13 @@ def reference_logps(score, params, examples, *, pad_token: int, length: int, row
       pad_token: fills short rows.
       length: padded length T.
       rows: how many to score at a time.
+      place: puts a batch where its rows are scored (``sharding.place``).
     """
     out = []
     for i in range(0, len(examples), rows):
         part = list(examples[i : i + rows])
         filled = part + [part[-1]] * (rows - len(part))  # one shape, so one trace
-        batch = sft.make_batch(filled, pad_token=pad_token, length=length)
+        batch = place(sft.make_batch(filled, pad_token=pad_token, length=length))
         sums = logps.sequence_logps(score(params, batch["tokens"], batch["seen"]), jnp.asarray(batch["mask"]))
-        out.append(np.asarray(sums)[: len(part)])
+        out.append(distributed.fetched(sums)[: len(part)])
     return np.concatenate(out)

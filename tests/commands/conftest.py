@@ -37,3 +37,18 @@ def data(tmp_path_factory):
     for kind, content in kinds.items():
         rows.write_jsonl(path / f"{kind}.jsonl", content)
     return {kind: str(path / f"{kind}.jsonl") for kind in kinds}
+
+
+@pytest.fixture(scope="module")
+def programs_are_kept(tmp_path_factory):
+    """For tests that start commands again and again: the same few programs are compiled by every run."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1,
+    }  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

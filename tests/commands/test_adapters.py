@@ -127,7 +127,7 @@ def test_over_a_quantised_base_the_adapters_are_trained_and_a_folded_model_is_in
 
 
 def test_the_flags_are_all_tested():
-    assert {*adapters.FLAGS, "lora_rank"} == {*EFFECTS, "fold"}
+    assert {*adapters.FLAGS, "lora_rank"} == {*EFFECTS, "fold", "lora_plus"}  # the last in test_optimizing.py
 
 
 def test_the_reference_of_dpo_is_the_base(train):

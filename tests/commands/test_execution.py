@@ -90,10 +90,31 @@ def test_with_fsdp_no_device_holds_the_whole_model_or_its_moments(folder, data):
     """From the moment they are read, and made: a model that needs eight devices is on one of them at no time."""
     options = sft.SFT(model=str(folder), data=data["completion"], out="", fsdp=8, steps=1, batch_size=8)
     model = common.open_to_train(options)
+    in_eight = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim > 1 and x.size > 500]
+    share = lambda x: x.size // x.addressable_shards[0].data.size
+    assert {share(x) for x in in_eight(model.params)} == {8}
     fit = fitting.Fit(options, model, recipe.make_loss(model.apply), 8)
-    for tree in (model.params, fit.state.params, fit.state.opt_state):
-        large = [x for x in jax.tree.leaves(tree) if x.ndim > 1 and x.size > 500]
-        assert large and {x.size // x.addressable_shards[0].data.size for x in large} == {8}
+    for tree in (fit.state.params, fit.state.opt_state):
+        assert {share(x) for x in in_eight(tree)} == {8}
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_what_was_read_is_not_held_beside_what_is_trained(folder, data, tmp_path, monkeypatch, lora_rank):
+    """Of full training not even while the moments are made: the weights that were read are those that are trained."""
+    held = lambda: {id(x): x.nbytes for x in jax.live_arrays()}
+    options = sft.SFT(
+        model=str(folder), data=data["completion"], out=str(tmp_path / "out"), lora_rank=lora_rank, **BASE
+    )
+    before, run, seen = held(), fitting.Fit.run, []
+
+    def looked_at(fit, *given, **more):
+        size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+        seen.append(sum(n for i, n in held().items() if i not in before) - size(fit.state) - size(fit.frozen))
+        run(fit, *given, **more)
+
+    monkeypatch.setattr(fitting.Fit, "run", looked_at)
+    sft.run(options)
+    assert seen[0] < 2000  # a key, a schedule's number: the weights are of 40,000 bytes and more
 
 
 # ---- packing
@@ -130,3 +151,21 @@ def test_packed_rows_are_dealt_to_devices_and_microbatches(train, ragged):
     """Sixteen rows, of which half or more are empty."""
     options = {"packing": True, "batch_size": 16, "data": ragged, "mean": "sequence"}
     assert furthest(train(**options)[0], train(**options, microbatches=2)[0]) < 2e-5
+
+
+def test_prompts_that_are_shared_make_smaller_batches_and_the_same_model(folder, tmp_path, monkeypatch):
+    prompt = "what is " + "very " * 12
+    lines = [{"prompt": prompt[i:], "chosen": "y" * (1 + i % 3), "rejected": "n" * (1 + i % 2)} for i in range(11)]
+    data = str(tmp_path / "pairs.jsonl")
+    rows.write_jsonl(data, lines)
+    sizes, said, place = [], [], fitting.Fit.place
+    monkeypatch.setattr(fitting.Fit, "place", lambda fit, x: sizes.append(x) or place(fit, x))
+    for shared in (False, True):
+        given = {"model": str(folder), "data": data, "eval_data": data, "out": str(tmp_path / str(shared))} | BASE
+        said.append(dpo.run(dpo.DPO(**given, share_prompts=shared)))
+    assert furthest(*(models.load(tmp_path / str(shared))[0] for shared in (False, True))) < 2e-5
+    for name, x in said[0].items():
+        np.testing.assert_allclose(said[1][name], x, rtol=1e-3, atol=1e-4, err_msg=name)
+    apart = next(x for x in sizes if "chosen" in x and "tokens" in x["chosen"])["chosen"]["tokens"]
+    together = next(x for x in sizes if "chosen" in x and "tokens" not in x["chosen"])["tokens"]
+    assert together.size < 0.7 * 2 * apart.size

@@ -9,6 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from run_folders import same_runs, state_of
 
 from pt_jax import models, signals
 from pt_jax.commands import common, dpo, export, fitting, grpo, keeping, sft
@@ -17,6 +18,7 @@ from pt_jax.recipes import sft as sft_recipe
 from pt_jax.tracking import metrics, sinks
 from pt_jax.training import checkpoints, loop, specs
 
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
 COMMANDS = {
     "sft": (sft, sft.SFT, "completion", {"microbatches": 2, "batch_size": 16}),
     "dpo": (dpo, dpo.DPO, "preference", {"lora_rank": 2, "nll": 0.1, "batch_size": 8}),
@@ -25,21 +27,6 @@ COMMANDS = {
     }),
 }  # fmt: skip
 STEPS, LEFT_AT = 12, 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_kept(tmp_path_factory):
-    """The same few programs are compiled by every run here."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1,
-    }  # fmt: skip
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +66,6 @@ def straight(options, tmp_path_factory):
         return done[command]
 
     return make
-
-
-def state_of(folder, step=STEPS):
-    """Every array of a checkpoint, by name."""
-    path = folder / "checkpoints" / str(step)
-    wanted = {}
-    for name, words in checkpoints.read_meta(path)["spec"].items():
-        kind, _, shape = words[:-1].partition("[")
-        kind = jax.random.key(0).dtype if kind.startswith("key") else np.dtype(kind)
-        wanted[name] = jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(",")))), kind)
-    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return {name: np.asarray(raw(x)) for name, x in checkpoints.restore(path, wanted).items()}
-
-
-def same_runs(one, two):
-    states = state_of(one), state_of(two)
-    assert states[0].keys() == states[1].keys() and len(states[0]) > 20
-    for name, x in states[0].items():
-        np.testing.assert_array_equal(x, states[1][name], name)
-    for name in ("metrics.jsonl", *(["samples.jsonl"] if (one / "samples.jsonl").exists() else [])):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
-    weights = next(p.name for p in one.glob("*.safetensors"))
-    assert (one / weights).read_bytes() == (two / weights).read_bytes()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -144,7 +108,7 @@ def test_patience_ends_a_run_and_is_as_long_in_a_run_that_was_stopped(options, t
     found = iter((2.5, 9.0))
     run(options("grpo", tmp_path / "two", resume="auto", **changes))
     assert (tmp_path / "two/metrics.jsonl").read_bytes() == (tmp_path / "out/metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="--patience 2 is of evaluations; give --eval-data"):
+    with pytest.raises(ValueError, match="--eval-every 1 is of evaluations; give --eval-data"):
         run(options("grpo", tmp_path / "three", eval_data=None, **changes))
 
 

@@ -9,22 +9,61 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from several_commands import HEARTBEAT
 
-from pt_jax.commands import grpo, several, sft
+from pt_jax.commands import dpo, grpo, several, sft
+from pt_jax.training import checkpoints
 
 pytestmark = pytest.mark.slow
+SCRIPT = pathlib.Path(__file__).parents[1] / "several_commands.py"
+STEPS = 4
+REWARD = """
+import os, signal
+
+calls = 0
+
+def judge(completion, row):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("CALL", 0)):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    return None if len(completion) % 11 == 3 else len(completion) % 7 + 0.35
+"""
+OWN = {  # options of each command, beside those that all have
+    "sft": {"fsdp": 8},
+    "dpo": {"fsdp": 8, "lora_rank": 2, "quantize": "int8", "fold": True, "nll": 0.1},
+    "grpo": {
+        "fsdp": 4, "group": 2, "updates": 2, "kl": 0.1, "max_new_tokens": 4, "temperature": 0.7, "eval_every": 2,
+        "log_every": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def start(folder, data, tmp_path_factory):
-    """``start(out, words of process 0, words of process 1)``: both, in four steps of sft."""
+def given(folder, data, tmp_path_factory):
+    """The options of a command, but for its --out."""
+    rewards = tmp_path_factory.mktemp("rewards") / "mine.py"
+    rewards.write_text(REWARD)
+    kinds = {"sft": "completion", "dpo": "preference", "grpo": "question"}
+    more = {"grpo": {"eval_data": data["held_out"], "reward": f"{rewards}:judge"}}
+
+    def given(command):
+        all_have = {"model": str(folder), "data": data[kinds[command]], "steps": STEPS, "learning_rate": 1e-2}
+        all_have |= {"batch_size": 8, "resume": "auto", "checkpoint_every": 2}
+        return all_have | OWN[command] | more.get(command, {})
+
+    return given
+
+
+@pytest.fixture(scope="module")
+def start(given, tmp_path_factory):
+    """``start(out, words of process 0, words of process 1)``: both."""
     started, programs = [], tmp_path_factory.mktemp("programs")
 
-    def start(out, *words):
+    def start(out, *words, command="sft", fault="none", environment=({}, {})):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             where = f"localhost:{free.getsockname()[1]}"
@@ -33,13 +72,13 @@ def start(folder, data, tmp_path_factory):
             "JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
         }  # fmt: skip
-        command = [sys.executable, "-m", "pt_jax.cli", "sft", "--model", str(folder), "--data", data["completion"]]
-        command += ["--out", str(out), "--steps", "4", "--batch-size", "8", "--learning-rate", "1e-2", "--fsdp", "8"]
-        command += ["--coordinator", where, "--processes", "2", "--resume", "auto", "--checkpoint-every", "2"]
+        options = given(command) | {"out": str(out), "coordinator": where, "processes": 2}
+        flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+        flags = [word for flag, value in flags for word in ([flag] if value == "True" else [flag, value])]
         both = [
             subprocess.Popen(
-                [*command, "--process-id", str(i), *more], env=os.environ | settings, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, str(SCRIPT), fault, command, *flags, "--process-id", str(i), *more],
+                env=os.environ | settings | environment[i], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
             for i, more in enumerate(words or ([], []))
         ]  # fmt: skip
@@ -52,7 +91,7 @@ def start(folder, data, tmp_path_factory):
 
 
 def ended(both):
-    texts = [process.communicate(timeout=200)[0] for process in both]
+    texts = [process.communicate(timeout=300)[0] for process in both]
     return [process.returncode for process in both], texts
 
 
@@ -62,57 +101,119 @@ def weights(out):
 
 @pytest.fixture(scope="module")
 def straight(start, tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight") / "out"
-    codes, texts = ended(start(out))
-    assert codes == [0, 0], texts
-    return out, texts
+    """``straight(command)``: the folder of a run that nothing befell, and what each process said."""
+    done = {}
+
+    def make(command="sft"):
+        if command not in done:
+            out = tmp_path_factory.mktemp("straight") / "out"
+            codes, texts = ended(start(out, command=command))
+            assert codes == [0, 0], texts
+            done[command] = out, texts
+        return done[command]
+
+    return make
 
 
-def test_two_processes_train_the_model_of_one(straight, folder, data, tmp_path):
-    out, _ = straight
-    sft.run(
-        sft.SFT(model=str(folder), data=data["completion"], out=str(tmp_path / "alone"), steps=4, batch_size=8,
-                learning_rate=1e-2, fsdp=8)
-    )  # fmt: skip
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_two_processes_train_the_model_of_one(straight, given, tmp_path, command):
+    out, _ = straight(command)
+    module, kind = {"sft": (sft, sft.SFT), "dpo": (dpo, dpo.DPO), "grpo": (grpo, grpo.GRPO)}[command]
+    module.run(kind(**given(command) | {"out": str(tmp_path / "alone")}))
     got, expected = weights(out), weights(tmp_path / "alone")
     assert got.keys() == expected.keys()
     for name in got:
         np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
-    losses = lambda at: [json.loads(line)["loss"] for line in (at / "metrics.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(losses(out), losses(tmp_path / "alone"), rtol=1e-5)
+    for mine, other in zip(records(out), records(tmp_path / "alone"), strict=True):
+        assert mine.keys() == other.keys()
+        noise = {"rewards/accuracies"} if mine["step"] == 1 else set()  # of margins that are 0 but for their rounding
+        for name in mine.keys() - {"stage"} - noise:
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_what_one_process_has_judged_all_know(straight, given, tmp_path):
+    """The samples are of the first prompts of each step, and in the order in which one process has them."""
+    out, _ = straight("grpo")
+    shown = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(shown) == STEPS * OWN["grpo"]["group"] and {x["step"] for x in shown} == {*range(1, STEPS + 1)}
+    known = [x for x in shown if len(x["completion"]) % 11 != 3]
+    assert known and all(x["reward"] == len(x["completion"]) % 7 + 0.35 for x in known)
 
 
 def test_process_0_alone_tells_of_the_run_and_writes(straight):
-    out, (first, second) = straight
+    out, (first, second) = straight()
     assert "Train step" in first and "Train step" not in second
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [record["step"] for record in records(out)] == [1, 2, 3, 4]
 
 
-def test_a_signal_to_one_process_stops_both_at_one_step_and_the_run_goes_on(start, straight, tmp_path):
-    out = tmp_path / "out"
-    both = start(out)
-    saved = tmp_path / "out.unfinished" / "checkpoints"
-    limit = time.monotonic() + 150
-    while not (tmp_path / "out.unfinished" / "run.json").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
-    both[1].send_signal(signal.SIGTERM)
+def same(out, straight):
+    """Bit for bit."""
+    got, expected = weights(out), weights(straight)
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    assert records(out) == records(straight)
+
+
+def test_a_signal_in_a_rollout_of_one_process_stops_both_after_it_and_the_run_goes_on(start, straight, tmp_path):
+    out, saved = tmp_path / "out", tmp_path / "out.unfinished" / "checkpoints"
+    third = 2 + 2 + 2 * 8 + 2 + 3  # of process 1's calls: of a row of each file, an evaluation, two steps, another one
+    both = start(out, command="grpo", environment=({}, {"SIGNAL": "SIGTERM", "CALL": str(third)}))
     codes, texts = ended(both)
     assert codes == [75, 75], texts
-    steps = [int(path.name) for path in saved.iterdir()] if saved.is_dir() else []
-    assert all(path.joinpath("MANIFEST.json").exists() for path in saved.glob("*"))
-    assert all("stopped by SIGTERM" in text for text in texts) and len(steps) <= 2
-    codes, texts = ended(start(out))
+    assert checkpoints.complete(saved) == [2, 3]
+    codes, texts = ended(start(out, command="grpo"))
     assert codes == [0, 0], texts
-    for name, x in weights(straight[0]).items():
-        np.testing.assert_array_equal(weights(out)[name], x)
+    same(out, straight("grpo")[0])
 
 
-def test_what_is_not_the_same_everywhere_is_named(start, tmp_path):
-    codes, texts = ended(start(tmp_path / "out", [], ["--weight-decay", "0.5"]))
+@pytest.mark.parametrize(
+    ("command", "who", "what", "newest"),
+    [
+        ("sft", 1, "before the first step", []),
+        ("sft", 1, "while arrays are written", []),
+        ("sft", 0, "before the manifest", []),
+        ("grpo", 1, "in an evaluation", [2]),
+    ],
+)
+def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
+    start, straight, tmp_path, command, who, what, newest
+):
+    """By default JAX lets the other wait for minutes. What was being written is no checkpoint."""
+    out, saved, environment = tmp_path / "out", tmp_path / "out.unfinished" / "checkpoints", [{}, {}]
+    environment[who] = {"SIGNAL": "SIGKILL", "CALL": str(2 + 2 + 2 * 8 + 2 + 2 * 8 + 1)}  # in the last evaluation
+    both = start(out, command=command, fault=f"{what}@{who}", environment=environment)
+    both[who].wait(300)
+    begun = time.monotonic()
+    said, _ = both[1 - who].communicate(timeout=300)
+    assert both[who].returncode == -signal.SIGKILL and time.monotonic() - begun < 5 * HEARTBEAT
+    assert both[1 - who].returncode not in (0, 75)
+    gone = (f"process 1 of 2 has given no sign of life for {HEARTBEAT:g} seconds",)
+    if who == 0:
+        gone = "process 0 of 2, the coordinator, is gone", "distributed service detected fatal errors"
+    assert any(sentence in said for sentence in gone), said
+    assert checkpoints.complete(saved) == newest
+    codes, texts = ended(start(out, command=command))
+    assert codes == [0, 0], texts
+    same(out, straight(command)[0])
+
+
+@pytest.mark.parametrize("what", ["options", "inputs"])
+def test_what_is_not_the_same_everywhere_is_named(start, data, tmp_path, what):
+    """Files may lie elsewhere; what is in them is compared."""
+    words, said = ["--weight-decay", "0.5"], "options.weight_decay is 0.0 on process 0 and 0.5 on process 1"
+    if what == "inputs":
+        words, said = ["--data", str(tmp_path / "other.jsonl")], "inputs.data is '"
+        lines = pathlib.Path(data["completion"]).read_text().splitlines()
+        (tmp_path / "other.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    codes, texts = ended(start(tmp_path / "out", [], words))
     assert codes == [2, 2], texts
     for text in texts:
-        assert "options.weight_decay is 0.0 on process 0 and 0.5 on process 1" in text
+        assert said in " ".join(text.split()) and "Traceback" not in text
 
 
 def test_a_folder_that_is_not_shared_ends_both_before_they_train(start, tmp_path):
@@ -142,11 +243,3 @@ def test_bad_input_of_one_process_ends_both(start, tmp_path):
 def test_who_is_who_is_checked_before_anybody_is_waited_for(options, message):
     with pytest.raises(ValueError, match=message), several.joined(several.Several(**options)):
         pass
-
-
-def test_grpo_says_that_it_runs_in_one_process(folder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    options = grpo.GRPO(model=str(folder), data=data["question"], out=str(tmp_path / "out"), reward="number")
-    with pytest.raises(ValueError, match=r"^--coordinator: grpo reads its samples on one host"):
-        grpo.run(options)
-    assert not (tmp_path / "out").exists()

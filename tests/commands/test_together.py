@@ -1,11 +1,15 @@
 """What several processes agree on before they begin, as one of them sees it: the others' words are made up here."""
 
+import json
+import math
 import threading
 import types
 import urllib.error
 from concurrent import futures
+from functools import partial
 
 import jax
+import numpy as np
 import pytest
 
 from pt_jax import signals
@@ -104,6 +108,20 @@ def test_a_folder_that_one_process_has_for_itself_ends_all(tmp_path, monkeypatch
     assert each_says(monkeypatch, outs) == [message] * 3
     assert [path.name for path in runs.unfinished(outs[0]).iterdir()] == ["run.json"]
     runs.check_out(outs[2], overwrite=False)  # the token of a start that was killed is in nobody's way
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_each_thing_is_judged_once_and_all_hear_of_it(monkeypatch, processes):
+    asked, numbers = [], [0.1, math.nan, -2.5, 1 / 3]
+    judge = lambda me, at: asked.append((me, [*range(4)[at]])) or numbers[at]
+    parts = [json.dumps(numbers[i * (-(-4 // processes)) :][: -(-4 // processes)]) for i in range(processes)]
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for me in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda me=me: me)
+        monkeypatch.setattr(distributed, "everybodys", lambda said, me=me: [*parts[:me], said, *parts[me + 1 :]])
+        np.testing.assert_array_equal(several.judged(partial(judge, me), 4), numbers)
+    assert sorted(i for _, mine in asked for i in mine) == [0, 1, 2, 3]
+    assert 0 in dict(asked)[0]  # whose texts are shown
 
 
 def test_one_process_asks_nobody_for_the_folder(tmp_path):

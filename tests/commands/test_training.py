@@ -15,7 +15,7 @@ import pytest
 from small_models import jit
 
 from pt_jax import models
-from pt_jax.commands import adapters, common, dpo, fitting, grpo, keeping, several, sft
+from pt_jax.commands import adapters, common, dpo, evaluating, fitting, grpo, keeping, optimizing, several, sft
 from pt_jax.data import encode, rows
 from pt_jax.tracking import metrics
 from pt_jax.tracking.tracker import Tracker
@@ -106,7 +106,9 @@ def test_every_optimizer_schedule_and_type_of_moments_is_another():
     choices = [{}] + [{option: value} for option in ("optimizer", "schedule", "moments")
                       for value in typing.get_args(typing.get_type_hints(sft.SFT)[option])[1:]]  # fmt: skip
     for choice in choices:
-        optimizer = common.optimizer_of(sft.SFT(model="", data="", out="", warmup=0.3, weight_decay=0.1, **choice), 10)
+        optimizer = optimizing.optimizer_of(
+            sft.SFT(model="", data="", out="", warmup=0.3, weight_decay=0.1, **choice), 10
+        )
         tree, state, update = params, optimizer.init(params), jit(optimizer.update)
         for t in range(10):
             updates, state = update(slopes(t), state, tree)
@@ -215,6 +217,7 @@ BAD = {
     "decay": ("sft", {"weight_decay": -1.0}, "--weight-decay must be in"),
     "clip": ("sft", {"clip": 0.0}, "--clip must be above 0"),
     "seed": ("sft", {"seed": -1}, r"--seed must be in \[0, 4294967296\), got -1"),
+    "moments": ("sft", {"moments": "8bit", "optimizer": "sgd"}, "--moments 8bit is of .* that has moments; sgd"),
     "microbatches": ("sft", {"microbatches": 3}, "--microbatches 3 does not divide --batch-size 8"),
     "batch": ("sft", {"batch_size": 4}, "--batch-size 4 must be a multiple of 8"),
     "mesh": ("sft", {"fsdp": 3}, "--fsdp 3 does not divide 8 devices"),
@@ -381,11 +384,15 @@ def test_the_options_that_are_not_above_are_known():
     """A new option must be put into one of the tests of this file."""
     elsewhere = {
         "model", "data", "out", "overwrite", "epochs", "microbatches", "log_every", "max_length", *common.AXES,
-        "clip_low", "clip_high", "eval_data", "eval_every", *EFFECTS["sft"],
+        "clip_low", "clip_high", *EFFECTS["sft"],
+        "rates", "no_decay", "lora_plus", "average", "skip_spikes", "spike_window",  # test_optimizing.py
+        "sync_reference", "sync_alpha",  # test_optimizing.py
+        *(f.name for f in dataclasses.fields(evaluating.Evaluating)),  # test_evaluating.py
         "lora_rank", *adapters.FLAGS,  # test_adapters.py
-        "remat", "dtype", "packing",  # test_execution.py
+        "remat", "dtype", "packing", "share_prompts",  # test_execution.py
+        "slots",  # test_slots.py
         *several.OWN,  # test_several.py
-        *(f.name for f in dataclasses.fields(keeping.Keeping)), "patience",  # test_resume.py
+        *(f.name for f in dataclasses.fields(keeping.Keeping)),  # test_resume.py
     }  # fmt: skip
     for command, (_, kind, _) in COMMANDS.items():
         assert {f.name for f in dataclasses.fields(kind)} <= elsewhere | set(EFFECTS[command])
