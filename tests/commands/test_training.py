@@ -392,7 +392,7 @@ def test_the_options_that_are_not_above_are_known():
         "remat", "dtype", "packing", "share_prompts",  # test_execution.py
         "slots",  # test_slots.py
         *several.OWN,  # test_several.py
-        *(f.name for f in dataclasses.fields(keeping.Keeping)),  # test_resume.py
+        *(f.name for f in dataclasses.fields(keeping.Keeping)),  # test_keeping.py
     }  # fmt: skip
     for command, (_, kind, _) in COMMANDS.items():
         assert {f.name for f in dataclasses.fields(kind)} <= elsewhere | set(EFFECTS[command])
