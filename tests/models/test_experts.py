@@ -111,7 +111,8 @@ def test_nothing_is_added_into_scattered_rows():
     w, h = layer(PLAIN)
     loss = lambda w, h: (experts.mixture(PLAIN, w, h, jax.nn.silu)[0] ** 2).sum()
     program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(w, h)
-    scatters = lambda text: re.search(r"\bscatter\(|stablehlo\.scatter|\bselect_and_scatter", text)
+    # XLA may write one as a loop, and keeps the name
+    scatters = lambda text: re.search(r"\bscatter\(|stablehlo\.scatter|\bselect_and_scatter|/scatter", text)
     for text in (program.as_text(), program.compile().as_text()):
         assert "sort" in text and not scatters(text)
     plain = jax.jit(jax.grad(lambda h: (h[jnp.array([0, 0, 1])] ** 2).sum())).lower(h)
