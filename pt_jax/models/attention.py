@@ -20,12 +20,14 @@ with the same arithmetic in numpy. In float32 nothing is lost.
 
 Where the tokens of a row lie on several devices (``meshes``), each has its own queries and gathers the keys and values
 of all: with grouped heads they are few, and the gradient goes back by a sum that leaves each device its own. Scores and
-everything else of size T are an n-th on each of n devices. Tokens stay in their order: the plain program computes
-hidden scores as well, so that all devices have the same to do; splash leaves them out, and the device with the last
-tokens has up to twice the mean of work. cuDNN is handed a mask.
+everything else of size T are an n-th on each of n devices. cuDNN is handed a mask. With it, as written out, queries are
+dealt out (``meshes.dealt``) where that can be: all devices have the same to do, and leave out most of what no query
+sees. Splash leaves it out by itself, of tokens in their order: the device with the last ones has up to twice the mean
+of work. Dealt out it would be a kernel for each n-th of a device's queries, of few blocks each.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ from jax.sharding import PartitionSpec as P
 from pt_jax.models import meshes, tiles
 from pt_jax.models.config import Config
 
+PARTS = 4  # most parts in which queries that are dealt out are worked through: of four, 5/8 of all products
 LANES = 128  # splash works in blocks of this many tokens, or of multiples
 
 
@@ -244,13 +247,24 @@ def _plain(q, k, v, *, visible, scale, softcap):
 
 
 def _over_context(q, k, v, *, name, visible, scale, softcap):
-    """Each device's queries to the keys of the whole row."""
+    """Each device's queries to the keys of the whole row; where they are dealt out, to those that they may see.
 
-    def of_mine(q, k, v, visible, scales):
-        k, v = (meshes.gathered(x, "context", 1) for x in (k, v))
+    In p parts, these are (p + 1) / 2p of all products.
+    """
+    T, deals = q.shape[1], meshes.deals(q.shape[1])
+    parts = math.gcd(meshes.size("context"), PARTS) if deals else 1
+    swap = lambda x: jax.lax.all_to_all(x, "context", 1, 1, tiled=True) if deals else x  # it is its own inverse
+
+    def one(q, k, v, visible, scales):
         if name == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation="cudnn")
         return _plain(q, k, v, visible=visible, scale=scales, softcap=softcap)
+
+    def of_mine(q, k, v, visible, scales):
+        k, v = (meshes.gathered(x, "context", 1) for x in (k, v))
+        ends = [T * (i + 1) // parts for i in range(parts)]
+        each = zip(jnp.split(swap(q), parts, 1), jnp.split(visible, parts, 2), ends)
+        return swap(jnp.concatenate([one(q, k[:, :n], v[:, :n], seen[..., :n], scales) for q, seen, n in each], 1))
 
     rows = P(meshes.rows(len(q)), "context", meshes.splits("tensor", k.shape[2]))
     seen = P(rows[0] if len(visible) > 1 else None, None, "context")

@@ -271,6 +271,8 @@ def _per_layer(config, position, length, look):
 def _masked(config, view, name):
     """Attention of whole rows to what a mask shows, as a function of a layer's choice."""
     common = config.windows[0] if config.windows else 0
+    if meshes.deals(view.visible.shape[2]):
+        view = view._replace(visible=meshes.dealt(view.visible, 2), behind=meshes.dealt(view.behind, 2))
 
     def look(choice, **scores):
         visible = view.visible

@@ -50,6 +50,22 @@ def apart(length: int) -> bool:
     return size("context") > 1 and length % size("context") == 0
 
 
+def deals(length: int) -> bool:
+    """Whether the tokens of such rows can be dealt out: the same number from each device to each, and an even one."""
+    return apart(length) and length % (2 * size("context") ** 2) == 0
+
+
+def dealt(x, axis: int):
+    """Tokens on this axis in the order in which their queries are dealt out, each device's side by side.
+
+    Of n devices, each gets an n-th of the tokens of each, in order. So all have as much to see, and the i-th n-th of
+    what a device has sees no token that does not lie on one of the first i devices.
+    """
+    n, shape = size("context"), x.shape
+    x = x.reshape(*shape[:axis], n, n, -1, *shape[axis + 1 :]).swapaxes(axis, axis + 1).reshape(shape)
+    return jax.lax.with_sharding_constraint(x, P(rows(shape[0]), *[None] * (axis - 1), "context"))
+
+
 def laid(x):
     """Hidden states [B, T, ...] with rows and tokens on the devices that have them, and whole along all other axes.
 
