@@ -201,7 +201,7 @@ def test_what_is_missing_is_a_sentence():
     key, params = jax.random.key(0), weights(CONFIG)
     with pytest.raises(ValueError, match=r"^config has no experts"):
         experts.with_experts(sft.make_loss, dataclasses.replace(CONFIG, experts=0, expert_layers=()))
-    loss_fn = experts.with_experts(sft.make_loss, CONFIG, z=0.1)
+    loss_fn = functools.partial(jax.eval_shape, experts.with_experts(sft.make_loss, CONFIG, z=0.1))
     with pytest.raises(ValueError, match=r"^batch lacks router_weights.* weigh_routers"):
         loss_fn(params, None, sft_batch(), key)
     batch = experts.weigh_routers(sft_batch())
@@ -219,7 +219,7 @@ def test_what_is_missing_is_a_sentence():
         return loss_fn
 
     with pytest.raises(ValueError, match="called apply 2 times"):
-        experts.with_experts(twice, CONFIG, balance=0.1)(params, None, batch, key)
+        jax.eval_shape(experts.with_experts(twice, CONFIG, balance=0.1), params, None, batch, key)
 
 
 def test_a_reference_that_the_recipe_asks_as_well_is_left_alone():
