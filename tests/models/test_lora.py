@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from small_models import jit
 
 from pt_jax.models import apply, bind, linear, lora, parameters
 from pt_jax.models.config import Config, Execution
@@ -38,22 +40,11 @@ DORA_OF_LAYERS = lora.Adapter(rank=2, alpha=3.0, dora=True)
 KINDS = {"lora": LORA, "rslora": dataclasses.replace(LORA, rslora=True), "dora": DORA}
 EVERY = pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: apply(config, *a)[0], static_argnums=0)
 attached = jit(
     lambda config, params, a, how, *x: apply(config, lora.attach(params, a, how), *x)[0], static_argnums=(0, 3)
 )
-
-
-@functools.cache
-def weights(config, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def fresh(path, x):
-        noise = rng.normal(size=x.shape)
-        return jnp.asarray(1 + 0.3 * noise if path[-1].key.endswith("norm") else 0.3 * noise, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fresh, jax.eval_shape(lambda: parameters.init(config, jax.random.key(0))))
+weights = functools.partial(small_models.weights, scale=0.3)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import jit
 
 from pt_jax.models import linear, quantize
 from pt_jax.models.parameters import PRODUCTS
@@ -27,7 +28,6 @@ SHAPES = {
 CASES = pytest.mark.parametrize(
     ("equation", "shape"), [(e, shape) for e, shapes in SHAPES.items() for shape in shapes], ids=str
 )
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 quantized = jit(lambda w, how, equation: how(w, equation), static_argnums=(1, 2))
 dense = jit(lambda w: w.dense(jnp.float32))
 

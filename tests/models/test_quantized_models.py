@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from small_models import jit
 
 from pt_jax import models
 from pt_jax.models import Config, Execution, bind, decoder, linear, lora, parameters, placing, quantize
@@ -26,7 +27,6 @@ MIXED = dataclasses.replace(
     expert_layers=(False, True, True), shared_hidden=13, router_bias=True,
 )  # fmt: skip
 EXPERTS = dataclasses.replace(MIXED, layers=2, expert_layers=(), qkv_bias=False)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: decoder.apply(config, *a)[0], static_argnums=0)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import jit
 
 from pt_jax import models, weights
 from pt_jax.data import packing
@@ -22,7 +23,6 @@ PARAMS = jax.tree_util.tree_map_with_path(
     lambda path, x: jnp.float32(path[-1].key.endswith("norm") + 0.3 * RNG.normal(size=x.shape)),
     jax.eval_shape(lambda: models.init(CONFIG, jax.random.key(0))),
 )
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def of_loss(loss_fn):
