@@ -17,14 +17,28 @@ AXES = ("fsdp", "tensor", "context", "expert")  # of the mesh; data takes the de
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(optimizing.Optimizing, evaluating.Evaluating, keeping.Keeping, several.Several):
-    """Options of every training command.
+class Files:
+    """Options of every training command that name what it reads and writes.
 
     Args:
       model: folder of the model to start from: config.json, model.safetensors and tokenizer files; or a PEFT folder,
         whose adapter is folded into its base.
       data: .jsonl or .parquet file of rows.
       out: folder for the trained model and its metrics; until the model is there, OUT.unfinished has the metrics.
+      overwrite: replace the folder at --out, if it holds a model.
+    """
+
+    model: str
+    data: str
+    out: str
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(several.Several, keeping.Keeping, evaluating.Evaluating, optimizing.Optimizing, Files):
+    """Options of every training command. In the help those of the bases come first, from the last to the first.
+
+    Args:
       epochs: passes over the data.
       steps: updates; overrides epochs.
       microbatches: parts that a batch is worked through in, to save memory; changes no result.
@@ -34,7 +48,6 @@ class Training(optimizing.Optimizing, evaluating.Evaluating, keeping.Keeping, se
       context: devices that the tokens of each row are split over, for long rows.
       expert: devices that the experts of a mixture are split over.
       log_every: steps between two looks at the metrics; every step is logged.
-      overwrite: replace the folder at --out, if it holds a model.
       remat: what is kept of the forward pass for the backward pass: all of it, each layer's input, or results of matrix
         products. The rest is computed again, to save memory; changes no result.
       dtype: that the model computes in; float32 when not given. What is trained is float32.
@@ -49,9 +62,6 @@ class Training(optimizing.Optimizing, evaluating.Evaluating, keeping.Keeping, se
       fold: write full weights with the adapters folded in, instead of a PEFT folder.
     """
 
-    model: str
-    data: str
-    out: str
     epochs: float = 1.0
     steps: int | None = None
     microbatches: int = 1
@@ -61,7 +71,6 @@ class Training(optimizing.Optimizing, evaluating.Evaluating, keeping.Keeping, se
     context: int = 1
     expert: int = 1
     log_every: int = 10
-    overwrite: bool = False
     remat: Literal["none", "layer", "dots"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lora_rank: int | None = None
