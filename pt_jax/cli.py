@@ -80,8 +80,10 @@ def trained(run):
 
     def command(options):
         from pt_jax.commands import keeping
+        from pt_jax.training import distributed
 
         finished = keeping.finished(options)
+        distributed.same(**{"that the model is at --out already": finished})  # or some would end, without the others
         if not finished:
             run(options)
         said = f"{options.out} is finished already; nothing is left to do." if finished else f"Saved {options.out}."

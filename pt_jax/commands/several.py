@@ -89,9 +89,9 @@ def _same_of(options: dict) -> dict:
     return {name: value for name, value in options.items() if name not in (*OWN, *FILES)}
 
 
-def check_same(noted: dict, step=None) -> None:
-    """Fails unless all processes run the same options on the same files, wherever these lie, from the same step."""
-    distributed.same(**noted | {"options": _same_of(noted["options"]), "step": step})
+def check_same(noted: dict) -> None:
+    """Fails unless all processes run the same options on the same files, wherever these lie."""
+    distributed.same(**noted | {"options": _same_of(noted["options"])})
 
 
 def check_shared(out) -> None:

@@ -48,7 +48,11 @@ def given(folder, data, tmp_path_factory):
     rewards = tmp_path_factory.mktemp("rewards") / "mine.py"
     rewards.write_text(REWARD)
     kinds = {"sft": "completion", "dpo": "preference", "grpo": "question"}
-    more = {"grpo": {"eval_data": data["held_out"], "reward": f"{rewards}:judge"}}
+    more = {
+        "sft": {"eval_data": data["completion"], "average": 0.5},
+        "dpo": {"eval_data": data["preference"], "patience": 3, "sync_reference": 2},
+        "grpo": {"eval_data": data["held_out"], "reward": f"{rewards}:judge"},
+    }
 
     def given(command):
         all_have = {"model": str(folder), "data": data[kinds[command]], "steps": STEPS, "learning_rate": 1e-2}
@@ -147,7 +151,7 @@ def test_what_one_process_has_judged_all_know(straight, given, tmp_path):
 def test_process_0_alone_tells_of_the_run_and_writes(straight):
     out, (first, second) = straight()
     assert "Train step" in first and "Train step" not in second
-    assert [record["step"] for record in records(out)] == [1, 2, 3, 4]
+    assert [record["step"] for record in records(out)] == [0, 1, 2, 3, 4]
 
 
 def same(out, straight):

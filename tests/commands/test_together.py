@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from pt_jax import signals
-from pt_jax.commands import fitting, runs, several, sft
+from pt_jax import cli, signals
+from pt_jax.commands import fitting, keeping, runs, several, sft
 from pt_jax.training import checkpoints, distributed
 
 
@@ -122,6 +122,14 @@ def test_each_thing_is_judged_once_and_all_hear_of_it(monkeypatch, processes):
         np.testing.assert_array_equal(several.judged(partial(judge, me), 4), numbers)
     assert sorted(i for _, mine in asked for i in mine) == [0, 1, 2, 3]
     assert 0 in dict(asked)[0]  # whose texts are shown
+
+
+def test_all_or_none_find_that_the_run_has_ended(options, two, monkeypatch):
+    """Or some would end, and the others wait for them."""
+    monkeypatch.setattr(keeping, "finished", lambda options: True)
+    two(lambda said: said.replace("True", "False"))
+    with pytest.raises(ValueError, match=r"^that the model is at --out already is True on process 0 and False on proc"):
+        cli.trained(lambda options: 1 / 0)(options())
 
 
 def test_one_process_asks_nobody_for_the_folder(tmp_path):
