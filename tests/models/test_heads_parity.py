@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from model_cases import CASES
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +24,7 @@ SCORED = {family: case for family, case in FIRST.items() if families.FAMILIES[fa
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LENGTHS = (9, 4, 1, 7)
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}, static_argnums=0)
+jit = functools.partial(small_models.jit, static_argnums=0)
 
 
 def make(case, folder, labels=1, seed=0):

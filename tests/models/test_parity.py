@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import CASES
+from model_folders import derived
 from safetensors.numpy import load_file, save_file
+from small_models import jit
 
 from pt_jax import models
-from pt_jax.models import apply, bind, load, routing, save
+from pt_jax.models import apply, bind, load, routing, save, vocabulary
 from pt_jax.sampling import Sampling, sample
 
 torch = pytest.importorskip("torch")
@@ -58,13 +60,6 @@ def in_the_file(model, folder=None):
         return load_file(f"{folder or other}/model.safetensors")
 
 
-def derived(shapes, seed):
-    """Weights that are the same everywhere, far from initial ones; ``test_huggingface.py`` derives them alike."""
-    draw = np.random.RandomState(seed).standard_normal  # a stream that numpy has promised never to change
-    around = lambda name, shape: 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0
-    return {name: (around(name, s) + 0.3 * draw(s)).astype(np.float32) for name, s in sorted(shapes.items())}
-
-
 def batch(left, lengths=LENGTHS, vocab=VOCAB, seed=7):
     """tokens, seen; rubbish where nothing is seen."""
     rng = np.random.default_rng(seed)
@@ -84,8 +79,6 @@ def logits_of_torch(model, tokens, seen):
         return of_torch(model, tokens, seen).float().numpy()
 
 
-# programs compile longer than they run: half as long like this
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: apply(config, *a)[0], static_argnums=0)
 routed = jit(lambda config, *a: models.forward(config, *a).routing.logits, static_argnums=0)
 
@@ -285,6 +278,18 @@ def test_special_tokens_arrive(one, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     for c in (model.config, model.generation_config):
         assert (c.bos_token_id, c.eos_token_id, c.pad_token_id) == (3, [5, 9], 5)
+
+
+@pytest.mark.parametrize("case", ["qwen3/one kv head", "qwen3/all kv heads, tied"])
+def test_what_was_resized_is_saved_and_transformers_computes_it(case, tmp_path):
+    _, params, config = saved_and_read(make(case), tmp_path / "model")
+    params, grown = vocabulary.resize(params, config, VOCAB + 1, jax.random.key(0), multiple_of=16)
+    save(tmp_path / "grown", params, grown)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown", **EAGER)
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == 48
+    tokens, seen = batch(left=False)
+    close(forward(grown, params, tokens, seen)[seen], logits_of_torch(model, tokens, seen)[seen], 2e-5)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "grown")[0], params)
 
 
 # ---- the record for tests without torch

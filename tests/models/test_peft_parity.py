@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from model_cases import CASES
 from safetensors.numpy import load_file
+from small_models import jit
 
 from pt_jax.models import apply, load, lora, peft
 
@@ -24,7 +25,6 @@ KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 VOCAB = 37
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 forward = jit(lambda config, *a: apply(config, *a)[0], static_argnums=0)
 fold = jit(lora.fold, static_argnums=2)
 

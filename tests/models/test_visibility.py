@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import jit
 
 from pt_jax.models import apply, init, init_cache, visibility
 from pt_jax.models.config import Config, RopeScaling
@@ -46,7 +47,7 @@ def weights(config):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jit, static_argnums=0)
 def scored(config, params, tokens, seen, targets):
     """The summed NLL of what is to follow each token (-1: nothing), its gradient, and the logits."""
 
