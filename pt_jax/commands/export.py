@@ -8,7 +8,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from pt_jax import folders
-from pt_jax.commands import adapters, common, dpo, grpo, inputs, runs, sft
+from pt_jax.commands import adapters, common, dpo, grpo, inputs, keeping, runs, sft
 from pt_jax.models import lora
 from pt_jax.training import checkpoints
 
@@ -22,6 +22,8 @@ class Export:
     Args:
       checkpoint: its folder, such as OUT.unfinished/checkpoints/100; or that of a run, for the newest whole one.
       out: folder for the model.
+      best: of a run's checkpoints, the one where this metric was best (eval_loss): lowest if its name ends in loss,
+        else highest.
       model: folder of the model that the run started from, where that is no longer where it was.
       fold: write full weights with the adapters folded in, instead of a PEFT folder.
       overwrite: replace the folder at --out, if it holds a model.
@@ -29,6 +31,7 @@ class Export:
 
     checkpoint: Positional[str]
     out: str
+    best: str | None = None
     model: str | None = None
     fold: bool = False
     overwrite: bool = False
@@ -36,7 +39,7 @@ class Export:
 
 def run(options: Export) -> None:
     """Reads, checks and writes; of the checkpoint, only what was trained."""
-    path = find(options.checkpoint)
+    path = find(options.checkpoint, options.best)
     meta = checkpoints.read_meta(path)
     if meta.get("command") not in COMMANDS:
         raise ValueError(
@@ -62,17 +65,34 @@ def run(options: Export) -> None:
         adapters.write(folder, of_run, model, jax.device_get(trained), model.params)
 
 
-def find(name: str) -> pathlib.Path:
-    """The folder of one checkpoint, whose files are what was written."""
+def find(name: str, best: str | None = None) -> pathlib.Path:
+    """The folder of one checkpoint, whose files are what was written: this one, or the newest or best of a run."""
     path = pathlib.Path(name).resolve()
     if (path / checkpoints.META).is_file():
+        if best is not None:
+            raise ValueError(f"--best {best}: {name} is one checkpoint; give the folder of a run")
         checkpoints.check(path)
         return path
     for folder in (path / "checkpoints", path, path.with_name(f"{path.name}.unfinished") / "checkpoints"):
-        if checkpoints.complete(folder):
+        if steps := checkpoints.complete(folder):
             warn = lambda sentence: print(f"Warning: {sentence}")
-            return folder / str(checkpoints.Checkpoints(folder, warn=warn).newest())
+            if best is None:
+                return folder / str(checkpoints.Checkpoints(folder, warn=warn).newest())
+            return folder / str(_best(folder, steps, best))
     raise ValueError(f"{name}: has no complete checkpoint; give the folder of one, or of a run that has some")
+
+
+def _best(folder, steps, metric) -> int:
+    """The step where a metric was best; of several the newest."""
+    known = {step: checkpoints.read_meta(folder / str(step))["metrics"] for step in steps}
+    found = {step: metrics[metric] for step, metrics in known.items() if metric in metrics}
+    if not found:
+        names = ", ".join(sorted({name for metrics in known.values() for name in metrics}))
+        raise ValueError(f"--best {metric}: no checkpoint in {folder} has such a metric, but {names}")
+    worth = keeping.best_of(metric)
+    step = max(found, key=lambda step: (worth(known[step]), step))
+    checkpoints.check(folder / str(step))
+    return step
 
 
 def _tuples(value):

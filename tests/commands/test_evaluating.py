@@ -5,13 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from run_folders import same_states, steps_of
+from run_folders import same_states, state_of, steps_of
 
-from pt_jax import signals
-from pt_jax.commands import common, dpo, evaluating, keeping, sft
+from pt_jax import models, signals
+from pt_jax.commands import common, dpo, evaluating, export, keeping, sft
 from pt_jax.commands import quickstart_data as world
 from pt_jax.data import encode, rows
 from pt_jax.tracking import metrics
+from pt_jax.training import specs
 
 pytestmark = pytest.mark.usefixtures("programs_are_kept")
 COMMANDS = {"sft": (sft, sft.SFT, "completion"), "dpo": (dpo, dpo.DPO, "preference")}
@@ -144,8 +145,21 @@ def test_patience_ends_a_run_and_is_as_long_in_one_that_was_stopped(options, tmp
 def test_the_best_checkpoint_is_that_of_the_lowest_loss(options, tmp_path, scripted):
     scripted(1.0, 3.0, 2.0, 4.0, 5.0)
     changes = {"eval_data": "held out", "eval_every": 1, "checkpoint_every": 1, "keep": 1, "keep_best": "eval_loss"}
-    sft.run(options("sft", tmp_path / "out", **changes))
-    assert steps_of(tmp_path / "out") == [2, 4]
+    out = tmp_path / "out"
+    sft.run(options("sft", out, **changes))
+    assert steps_of(out) == [2, 4]
+    for name, changes in (("best", {"best": "eval_loss"}), ("newest", {})):
+        export.run(export.Export(checkpoint=str(out), out=str(tmp_path / name), **changes))
+    best, newest = (specs.flat({"params": models.load(tmp_path / name)[0]}) for name in ("best", "newest"))
+    for name, x in best.items():
+        np.testing.assert_array_equal(x, state_of(out, 2)[name], name)
+    assert any(not np.array_equal(x, newest[name]) for name, x in best.items())
+    for given, best, said in (
+        (out, "eval_lost", r"--best eval_lost: no checkpoint in \S+ has such a metric, but .*eval_loss"),
+        (out / "checkpoints/2", "eval_loss", "--best eval_loss: \\S+/2 is one checkpoint; give the folder of a run"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            export.run(export.Export(checkpoint=str(given), out=str(tmp_path / "none"), best=best))
 
 
 def test_there_are_ten_evaluations_in_a_run_unless_said_otherwise():

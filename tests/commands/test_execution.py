@@ -9,6 +9,7 @@ from pt_jax.commands import common, dpo, fitting, grpo, sft
 from pt_jax.data import rows
 from pt_jax.recipes import sft as recipe
 from pt_jax.sampling import Sampling
+from pt_jax.tracking import tables
 
 BASE = {"steps": 2, "batch_size": 8, "learning_rate": 1e-2}
 
@@ -92,12 +93,17 @@ def test_with_fsdp_no_device_holds_the_whole_model_or_its_moments(folder, data):
     model = common.open_to_train(options)
     in_eight = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim > 1 and x.size > 500]
     share = lambda x: x.size // x.addressable_shards[0].data.size
+    on_one = lambda x: x.addressable_shards[0].data.nbytes
     read = jax.tree.leaves(model.params)
     assert {share(x) for x in in_eight(read)} == {8}
     fit = fitting.Fit(options, model, recipe.make_loss(model.apply), 8)
     for tree in (fit.state.params, fit.state.opt_state):
         assert {share(x) for x in in_eight(tree)} == {8}
     assert all(x.is_deleted() for x in read)  # their memory is that of what is trained
+    table = {line.split()[0]: line.split()[1:] for line in tables.text(fitting.held(fit.state)).splitlines() if line}
+    for name, tree in (("trained", fit.state.params), ("moments", fit.state.opt_state)):
+        sizes = [sum(of(x) for x in jax.tree.leaves(tree)) for of in (lambda x: x.nbytes, on_one)]
+        assert table[name] == [f"{size:,}" for size in sizes] and sizes[1] < sizes[0] / 6
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])

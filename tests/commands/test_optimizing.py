@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tyro
 from run_folders import same_runs, state_of
 
 from pt_jax import models, signals
@@ -128,6 +129,12 @@ def test_rates_are_said_by_path_and_lora_plus_is_the_rate_of_the_second_matrix(o
     plain, other = moved(optimizer=optimizer), moved(optimizer=optimizer, **given)
     for name, x in plain.items():
         np.testing.assert_allclose(other[name], factors.get(name, 1) * x, rtol=1e-6, err_msg=name)
+
+
+def test_rates_are_pairs_of_words():
+    words = "--model m --data d --out o --rates embed 0.1 layers.*norm 0 --no-decay embed unembed"
+    options = tyro.cli(sft.SFT, args=words.split())
+    assert (options.rates, options.no_decay) == ((("embed", 0.1), ("layers.*norm", 0.0)), ("embed", "unembed"))
 
 
 def test_what_is_not_decayed_is_said_by_path():
