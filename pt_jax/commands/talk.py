@@ -90,7 +90,7 @@ def generate(options: Generate) -> list[str]:
     how = options.sampling()
     checks.positive("--samples", options.samples)
     rows.check_characters(options.prompt, "--prompt")
-    model = common.open_model(options.model, how=models.Execution(cache_dtype=options.cache_dtype))
+    model = _opened(options)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     tokens = encode.prompt(model.tokenizer, {"prompt": prompt, "source": "--prompt"})
     model.check_length(tokens, "--prompt", room=options.max_new_tokens)
@@ -105,6 +105,22 @@ def generate(options: Generate) -> list[str]:
     )  # fmt: skip
 
 
+def _opened(options) -> common.Model:
+    """The model that is asked; on a GPU layer by layer, which samples faster, as in the training commands."""
+    model = common.open_model(options.model, how=models.Execution(cache_dtype=options.cache_dtype))
+    if jax.default_backend() != "gpu":
+        return model
+    return dataclasses.replace(model, params=_by_layer(model.config, model.params))
+
+
+def _by_layer(config, params) -> dict:
+    """``models.by_layer`` of weights that nobody else needs: stack by stack, so that only one is there twice."""
+    stacks = params["layers"]
+    parts = [models.by_layer(config, {"layers": {name: stacks.pop(name)}})["layers"] for name in list(stacks)]
+    layers = tuple({name: w for part in of_layer for name, w in part.items()} for of_layer in zip(*parts))
+    return params | {"layers": layers}
+
+
 def _settings(model, options, how, chat: bool) -> dict:
     """Those of the sampler; a turn of a conversation ends with what ends it in the template, too."""
     settings = model.sampler(options.max_new_tokens, how).keywords
@@ -116,7 +132,7 @@ def chat(options: Chat, ask=input) -> list[dict]:
     """Reads the user's turns with ``ask``, prints the answers as they come, and returns the conversation."""
     how = options.sampling()
     rows.check_characters(options.system or "", "--system")
-    model = common.open_model(options.model, how=models.Execution(cache_dtype=options.cache_dtype))
+    model = _opened(options)
     streamer = partial(stream, **_settings(model, options, how, chat=True))
     key = jax.random.key(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from pt_jax import checks
 from pt_jax.sampling import asked, penalties
 from pt_jax.sampling.distribution import Sampling, draw, transform
 from pt_jax.sampling.timings import Timings
@@ -78,7 +77,7 @@ class _Program(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What may change from call to call without compiling anew; ids [P], limits and forced [N, B] of the rows."""
+    """What may change from call to call without compiling anew: key [] or [B], ids [P], limits [B], forced [N, B]."""
 
     key: jax.Array
     ids: jax.Array
@@ -113,7 +112,8 @@ def sample(
       params: of the model.
       prompts: [P, T] int32, left-padded.
       seen: [P, T] bool, True for the prompt's tokens.
-      key: PRNG key; it is consumed.
+      key: PRNG key; it is consumed. Or [P * G] keys, one a row: each is sampled as if it were alone with its key, as
+        sample 0 of a prompt whose id is 0 unless ``prompt_ids`` say otherwise.
       apply: ``(params, tokens, seen, cache) -> (logits, cache)``, such as ``partial(models.apply, config)``.
       init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``. An axis that grows with
         ``length`` holds one slot a token, filled from the front. Where it has an attribute ``longest``, a prompt and
@@ -123,7 +123,7 @@ def sample(
       pad_token: id to fill up with; it may be an end token.
       group: G, completions a prompt. The prompt is read once for all of them.
       how: the sampled distribution; a ``Sampling()`` at temperature 1 when None. Its numbers may be [P * G], one a row.
-      prompt_ids: [P] int32 that address the random numbers; 0 to P - 1 when None.
+      prompt_ids: [P] int32 that address the random numbers; 0 to P - 1 when None, of one key.
       limits: [P * G] int32, the most tokens of each row, from 1 to N; N when None.
       forced: [P * G, N] int32, tokens to take instead of drawing them, -1 where one is to be drawn. With the tokens of
         a former call this is its replay, with the same log-probabilities to the last bit: it is the same program. Of
@@ -157,22 +157,18 @@ def prepared(
     forced=None, entropies=False, keep=(), alternatives=0, shared_prefix=False,
 ):  # fmt: skip
     """The checked arguments of ``sample``: what is fixed when the program is compiled, and what may change."""
-    size = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))
-    if prompt_ids is not None:
-        checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
-    checks.positive("length", length)
-    checks.positive("group", group)
-    checks.between("alternatives", alternatives, 0, np.inf)
-    asked.check_prompts(seen)
-    rows = size["P"] * group
-    how = (Sampling() if how is None else how).check().of_rows(rows)
-    limits = asked.limits_of(limits, rows, length)
-    forced = asked.forced_of(forced, rows, length)
-    ids = jnp.arange(size["P"]) if prompt_ids is None else jnp.asarray(prompt_ids)
-    ends = jnp.asarray(tuple(end_tokens), jnp.int32)
-    shared = shared_prefix and group > 1
-    program = _Program(apply, init_cache, length, group, entropies, tuple(keep), alternatives, shared)
-    given = _Given(key, ids, how, ends, jnp.asarray(pad_token, jnp.int32), limits, forced)
+    asked.functions(apply=apply, init_cache=init_cache)
+    asked.counts(length=length, group=group)
+    asked.check_alternatives(alternatives)
+    P = asked.check_prompts(prompts, seen)
+    rows, shared = P * group, bool(shared_prefix) and group > 1
+    program = _Program(apply, init_cache, length, group, entropies, asked.names("keep", keep), alternatives, shared)
+    key = asked.key_of(key, rows)
+    given = _Given(
+        key=key, ids=asked.ids_of(prompt_ids, P, key), how=asked.how_of(how, rows),
+        ends=asked.ends_of(end_tokens), pad=asked.pad_of(pad_token), limits=asked.limits_of(limits, rows, length),
+        forced=asked.forced_of(forced, rows, length),
+    )  # fmt: skip
     return program, given
 
 
@@ -182,16 +178,10 @@ def _sample(program, params, prompts, seen, given) -> Completions:
     chunk = _chunk(program.length)
     whole = read + chunk * -(-program.length // chunk)
     sized = partial(cache_of, program.init_cache, asked=prompts.shape[1] + program.length)
-    shared = program.shared and read > 0 and takes_a_prefix(program.init_cache)
-    check_keep(program, prompts.shape[1] + program.length, shared)
-    keys, prefix = row_keys(given.key, given.ids, program.group), None
-    if shared:
-        prefix = read_prompts(program, params, prompts, seen, sized)
-        state = begun(program, params, prompts, seen, given, sized(rows, 0))
-        program = program._replace(apply=partial(_behind, program.apply, prefix))
-    else:
-        state = begin(program, params, prompts, seen, given, sized)
-    step = partial(take_step, program, params, given, keys)
+    check_keep(program, prompts.shape[1])
+    keys = row_keys(given.key, given.ids, program.group)
+    state, prefix = begin(program, params, prompts, seen, given, sized)
+    step = partial(take_step, program._replace(apply=behind(program.apply, prefix)), params, given, keys)
     for room in rooms_of(read, whole, chunk):
         larger = sized(rows, room if prefix is None else room - read)
         state = state._replace(cache=jax.tree.map(fitted, state.cache, larger))
@@ -202,22 +192,24 @@ def _sample(program, params, prompts, seen, given) -> Completions:
         )
     out = {name: x[: program.length].swapaxes(0, 1) for name, x in state.out.items()}
     ended = (out["alive"] & jnp.isin(out["tokens"], given.ends)).any(-1)
-    cache = state.cache if prefix is None else _joined(prefix, state.cache, program)
-    kept = kept_of(program, cache, rows, prompts.shape[1] + program.length)
+    kept = kept_of(program, state.cache, prefix, rows, prompts.shape[1] + program.length)
     return Completions(**out, ended=ended, kept=kept)
 
 
 def begin(program, params, prompts, seen, given, sized):
-    """The state before the first token. All of a prompt is read but its last token, which the first step reads.
+    """The state before the first token, and the cache of the prompts that the rows go on from; None where each row has
+    its own. All of a prompt is read but its last token, which the first step reads.
 
     So nothing but a step makes logits: those of a whole prompt would be the largest array of all.
     """
     read, rows = prompts.shape[1] - 1, len(prompts) * program.group
-    cache = sized(rows, 0)
-    if read:
+    cache, prefix = sized(rows, 0), None
+    if shares(program, read):
+        prefix = read_prompts(program, params, prompts, seen, sized)
+    elif read:
         cache = read_prompts(program, params, prompts, seen, sized)
         cache = repeat_rows(cache, lambda rows: sized(rows, read), program.group)
-    return begun(program, params, prompts, seen, given, cache)
+    return begun(program, params, prompts, seen, given, cache), prefix
 
 
 def read_prompts(program, params, prompts, seen, sized):
@@ -258,7 +250,9 @@ def blank(shape, pad, program) -> dict:
 
 
 def row_keys(key, ids, group):
-    """The key of sample j of prompt p, in row p * G + j."""
+    """The key of sample j of prompt p, in row p * G + j; of a key a row, each row's as if it were alone with it."""
+    if key.ndim:
+        return jax.vmap(lambda k, i: jax.random.fold_in(jax.random.fold_in(k, i), 0))(key, jnp.repeat(ids, group))
     of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
     return jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(group)))(of_prompt).reshape(-1)
 
@@ -344,21 +338,27 @@ def cache_of(init_cache, rows, length, *, asked):
     return jax.tree.map(pick, init_cache(rows, length), made_for)
 
 
-def takes_a_prefix(init_cache) -> bool:
-    """Whether rows with such a cache may go on from another one that they share."""
-    cache = jax.eval_shape(partial(init_cache, 1, 1))
+def shares(program, read) -> bool:
+    """Whether rows go on from a cache of their prompt that they share: where there is one, and theirs takes one."""
+    cache = jax.eval_shape(partial(program.init_cache, 1, 1)) if program.shared and read else None
     return isinstance(cache, dict) and "prefix" in cache
 
 
-def _behind(apply, prefix, params, tokens, seen, cache):
-    """``apply`` of rows that go on from a cache that is not theirs alone, and that nobody writes."""
-    logits, cache = apply(params, tokens, seen, cache | {"prefix": prefix})
-    return logits, cache | {"prefix": None}
+def behind(apply, prefix):
+    """``apply`` of rows that go on from a cache that is not theirs alone, and that nobody writes; or of None."""
+
+    def of_rows(params, tokens, seen, cache):
+        logits, cache = apply(params, tokens, seen, cache | {"prefix": prefix})
+        return logits, cache | {"prefix": None}
+
+    return apply if prefix is None else of_rows
 
 
-def check_keep(program, length, shared):
+def check_keep(program, columns):
+    """Fails where something is to be kept of prompts of some columns that is not there."""
     if not program.keep:
         return
+    length, shared = columns + program.length, shares(program, columns - 1)
     one, more = (jax.eval_shape(partial(program.init_cache, 1, length + n)) for n in (0, 1))
     arrays = [name for name in one if hasattr(one[name], "shape")]
     for name in program.keep:
@@ -368,9 +368,10 @@ def check_keep(program, length, shared):
             raise ValueError(f"keep names {name!r}, which has no slot for each token; give shared_prefix=False")
 
 
-def kept_of(program, cache, rows, tokens):
+def kept_of(program, cache, prefix, rows, tokens):
     """The leaves to keep, with a slot for each of ``tokens``."""
     as_asked = program.init_cache(rows, tokens)
+    cache = cache if prefix is None else _joined(prefix, cache, program)
     return {name: fitted(cache[name], as_asked[name]) for name in program.keep}
 
 

@@ -63,10 +63,16 @@ class Sampling:
         }
         for name, (good, expected) in rules.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, jax.core.Tracer) and not np.all(good(np.asarray(value))):
+            if (value is None and name != "temperature") or isinstance(value, jax.core.Tracer):
+                continue
+            known = np.asarray(value)
+            if not (jnp.issubdtype(known.dtype, np.number) and np.all(good(known))):
                 raise ValueError(f"{name} must be {expected}, got {value}")
         if (self.min_length is None) != (self.end_tokens is None):
             raise ValueError("min_length holds end_tokens back: give both, or neither")
+        kind = getattr(self.allowed, "dtype", object)
+        if self.allowed is not None and (np.ndim(self.allowed) != 1 or not jnp.issubdtype(kind, np.bool_)):
+            raise ValueError(f"allowed must be [V] bool, True for the tokens that may be drawn, got {self.allowed}")
         if self.allowed is not None and not isinstance(self.allowed, jax.core.Tracer) and not np.any(self.allowed):
             raise ValueError("allowed forbids every token")
         return self

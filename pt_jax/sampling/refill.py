@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pt_jax import checks
 from pt_jax.sampling import asked, lanes, penalties, rings
 from pt_jax.sampling.decode import Completions, blank, cache_of, check_keep, read_prompts, row_keys, spoken
 from pt_jax.sampling.distribution import NUMBERS, Sampling
@@ -97,38 +95,35 @@ def sample_queue(
     Raises:
       ValueError: as ``sample``; or ``until`` is given.
     """
-    P = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))["P"]
-    if prompt_ids is not None:
-        checks.shapes(prompts=(prompts, "P T"), prompt_ids=(prompt_ids, "P"))
+    asked.functions(apply=apply, init_cache=init_cache)
+    asked.counts(length=length, group=group, slots=slots)
     together = max(slots // 4, 1) if together is None else together
-    for name, number in (("length", length), ("group", group), ("slots", slots), ("together", together)):
-        checks.positive(name, number)
-    checks.between("alternatives", alternatives, 0, np.inf)
-    asked.check_prompts(seen)
+    asked.counts(together=together)
+    asked.check_alternatives(alternatives)
+    P = asked.check_prompts(prompts, seen)
     if until is not None:
         raise ValueError("until looks at tokens between two programs, and a queue is one; give it to sample_until")
     rows = P * group
-    of_rows = (Sampling() if how is None else how).check().of_rows(rows)
-    ends = jnp.asarray(tuple(end_tokens), jnp.int32)
+    key, of_rows, ends = asked.key_of(key, rows), asked.how_of(how, rows), asked.ends_of(end_tokens)
     all_limits, all_forced = asked.limits_of(limits, rows, length), asked.forced_of(forced, rows, length).T
     reads = -(-P // together)
     program = _Program(
-        apply, init_cache, length, group, entropies, tuple(keep), alternatives, min(slots, rows),
+        apply, init_cache, length, group, entropies, asked.names("keep", keep), alternatives, min(slots, rows),
         prompts=-(-P // reads),
     )  # fmt: skip
-    _check_keep(program, prompts.shape[1] + length)
+    _check_keep(program, prompts.shape[1])
     asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
-    keys = row_keys(key, jnp.arange(P) if prompt_ids is None else jnp.asarray(prompt_ids), group)
+    keys = row_keys(key, asked.ids_of(prompt_ids, P, key), group)
     more = lambda x: jnp.concatenate([x, x[:1]])
     given = _Given(
         jnp.asarray(prompts), jnp.asarray(seen), more(keys), _numbers_of_rows(of_rows, more), ends, more(all_limits),
         more(all_forced),
     )  # fmt: skip
-    return _sample(program, params, given, jnp.asarray(pad_token, jnp.int32))
+    return _sample(program, params, given, asked.pad_of(pad_token))
 
 
-def _check_keep(program, tokens):
-    check_keep(program, tokens, shared=False)
+def _check_keep(program, columns):
+    check_keep(program, columns)
     rows, columns = rings.axes(program.init_cache)
     for name in program.keep:
         if rows[name] < 0 or columns[name] < 0:

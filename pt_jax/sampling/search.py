@@ -33,6 +33,7 @@ def best_of(completions: Completions, scores) -> Completions:
     >>> best_of(out, jnp.array([[0.5, 0.7], [0.9, jnp.nan]])).tokens.tolist()
     [[2], [3]]
     """
+    checks.shapes(scores=(scores, "P G"))
     (P, G), rows = np.shape(scores), len(completions.tokens)
     if rows != P * G:
         raise ValueError(f"scores has shape {(P, G)}, expected [P, G] with P * G = {rows} rows of completions")
@@ -65,8 +66,9 @@ class _State(NamedTuple):
 
 
 def beam_search(
-    params, prompts, seen, *, apply, init_cache, length, end_tokens, pad_token, beams, how=None, length_penalty=1.0
-):
+    params, prompts, seen, *, apply, init_cache, length, end_tokens, pad_token, beams, how=None, length_penalty=1.0,
+    shared_prefix=True,
+):  # fmt: skip
     """The likeliest completions that a search finds which goes on with the ``beams`` best of each length.
 
         score = sum of log-probabilities / tokens^length_penalty
@@ -76,7 +78,8 @@ def beam_search(
     score than the worst of K that are over. ``how`` works on log-probabilities, which are not normalised again.
 
     Args:
-      params, prompts, seen, apply, init_cache, length, end_tokens, pad_token: as ``sample``.
+      params, prompts, seen, apply, init_cache, length, end_tokens, pad_token, shared_prefix: as ``sample``; a group are
+        the beams of a prompt, and only what they do not share is moved when a beam goes on from another.
       beams: K.
       how: penalties, ``allowed`` and ``min_length``, for all rows; or None.
       length_penalty: above 0 favours long completions.
@@ -86,31 +89,34 @@ def beam_search(
       added up; and their scores [P, K].
 
     Raises:
-      ValueError: as ``sample``; or the temperature is 0.
+      ValueError: as ``sample``; the temperature is 0, or length_penalty is no number.
     """
-    checks.positive("beams", beams)
+    asked.counts(beams=beams)
     program, given = decode.prepared(
         prompts, seen, jax.random.key(0), apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
-        pad_token=pad_token, group=beams, how=how, prompt_ids=None, limits=None,
+        pad_token=pad_token, group=beams, how=how, prompt_ids=None, limits=None, shared_prefix=shared_prefix,
     )  # fmt: skip
     asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens)
     if np.ndim(given.how.temperature) == 0 and not isinstance(given.how.temperature, jax.core.Tracer):
         checks.positive("temperature", given.how.temperature)  # at 0 all but one continuation are impossible
+    asked.number("length_penalty", length_penalty)
     return _search(program, params, prompts, seen, given, jnp.float32(length_penalty))
 
 
 @partial(jax.jit, static_argnums=0)
 def _search(program, params, prompts, seen, given, length_penalty):
-    P, K, N = len(prompts), program.group, program.length
-    sized = partial(decode.cache_of, program.init_cache, asked=prompts.shape[1] + N)
-    begun = decode.begin(program, params, prompts, seen, given, lambda rows, _: sized(rows, prompts.shape[1] - 1 + N))
+    (P, T), K, N = prompts.shape, program.group, program.length
+    sized = partial(decode.cache_of, program.init_cache, asked=T + N)
+    begun, prefix = decode.begin(program, params, prompts, seen, given, sized)
+    program = program._replace(apply=decode.behind(program.apply, prefix))
+    cache = jax.tree.map(decode.fitted, begun.cache, sized(P * K, T - 1 + N if prefix is None else N))
     none = _Beams(
         tokens=jnp.full((P, K, N), given.pad), logps=jnp.zeros((P, K, N)), length=jnp.zeros((P, K), jnp.int32),
         score=jnp.full((P, K), NEVER),
     )  # fmt: skip
     # all beams of a prompt are the same at first: one of them goes on
     first = none._replace(score=none.score.at[:, 0].set(0.0))
-    state = _State(begun.cache, begun.history, first, none, jnp.zeros((P, K), bool), jnp.ones(P, bool), jnp.int32(0))
+    state = _State(cache, begun.history, first, none, jnp.zeros((P, K), bool), jnp.ones(P, bool), jnp.int32(0))
     state = jax.lax.while_loop(
         lambda state: state.better.any() & (state.done < N),
         lambda state: _step(program, params, given, length_penalty, begun.token, state),

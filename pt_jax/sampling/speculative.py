@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pt_jax import checks
 from pt_jax.models import cache as caches
 from pt_jax.sampling import asked, decode, penalties
 from pt_jax.sampling.decode import Completions
@@ -37,6 +36,16 @@ class _Program(NamedTuple):
     group: int
     ahead: int
     match: int
+    shared: bool
+
+
+class _Model(NamedTuple):
+    """What reads for rows with a cache each, of which ``group`` after each other go on from one of ``prefix``."""
+
+    apply: Any
+    params: Any
+    prefix: Any  # [P, ...], or None
+    group: int
 
 
 class _State(NamedTuple):
@@ -55,7 +64,7 @@ class _State(NamedTuple):
 
 def speculate(
     params, prompts, seen, key, *, apply, init_cache, length, end_tokens, pad_token, group=1, how=None, prompt_ids=None,
-    limits=None, draft: Draft | None = None, ahead=4, match=3, forget=caches.forget,
+    limits=None, draft: Draft | None = None, ahead=4, match=3, forget=caches.forget, shared_prefix=True,
 ):  # fmt: skip
     """``sample`` in fewer, wider readings of the model: worth it where its weights take longer to load than to use.
 
@@ -63,28 +72,32 @@ def speculate(
     Saxena 2023): good where answers repeat their prompts.
 
     Args:
-      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits: as
-        ``sample``. Each row has a cache of its own, ``init_cache(1, columns)``.
+      params, prompts, seen, key, apply, init_cache, length, end_tokens, pad_token, group, how, prompt_ids, limits,
+        shared_prefix: as ``sample``. Each row has a cache of its own, ``init_cache(1, columns)``.
       draft: a model to guess with; or None.
       ahead: K, how many tokens are guessed at a time.
       match: of prompt look-up, how many of the last tokens are compared at most; the longest match is taken, and of
         equals the latest.
-      forget: ``(cache, columns) -> cache`` without the last columns, for model and draft.
+      forget: ``(cache, columns) -> cache`` without the last columns, for model and draft; never of a prompt's.
 
     Returns:
       ``Completions`` of P * G rows, those of ``sample``; and how often each row was read after its prompt, [P * G].
 
     Raises:
-      ValueError: as ``sample``; ahead or match is below 1; or the draft has another vocabulary.
+      ValueError: as ``sample``; ahead or match is below 1; or the draft is none, or has another vocabulary.
     """
-    checks.positive("ahead", ahead)
-    checks.positive("match", match)
+    asked.counts(ahead=ahead, match=match)
+    asked.functions(apply=apply, init_cache=init_cache, forget=forget)
+    if not isinstance(draft, Draft | None):
+        raise ValueError(f"draft must be a Draft(params, apply, init_cache), got {type(draft).__name__}")
+    if draft is not None:
+        asked.functions(**{"draft.apply": draft.apply, "draft.init_cache": draft.init_cache})
     if forget is caches.forget:
         for make in (init_cache,) if draft is None else (init_cache, draft.init_cache):
             caches.check_forgetting(jax.eval_shape(partial(make, 1, 1)), ahead, "ahead")
     program, given = decode.prepared(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
-        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits,
+        pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, shared_prefix=shared_prefix,
     )  # fmt: skip
     asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits)
     if draft is not None:
@@ -95,7 +108,7 @@ def speculate(
     of_rows = {name: x[:, :, None] for name, x in numbers.items() if x is not None and jnp.ndim(x)}
     given = given._replace(how=given.how.replace(**of_rows))
     of_draft = None if draft is None else (draft.apply, draft.init_cache)
-    program = _Program(apply, init_cache, of_draft, forget, length, group, ahead, match)
+    program = _Program(apply, init_cache, of_draft, forget, length, group, ahead, match, program.shared)
     return _speculate(program, params, None if draft is None else draft.params, prompts, seen, given)
 
 
@@ -104,17 +117,13 @@ def _speculate(program, params, draft_params, prompts, seen, given):
     (P, T), N, K = prompts.shape, program.length, program.ahead
     rows = P * program.group
     repeat = partial(jnp.repeat, repeats=program.group, axis=0)
-    columns = T + N + K
-
-    def prompt_read(apply, init_cache, params):
-        cache = jax.vmap(lambda _: decode.cache_of(init_cache, 1, columns, asked=T + N))(jnp.arange(P))
-        cache = _read(apply, params, prompts[:, :-1], seen[:, :-1], cache)[1] if T > 1 else cache
-        return jax.tree.map(lambda x: jnp.repeat(x, program.group, 0), cache)
-
-    cache = prompt_read(program.apply, program.init_cache, params)
+    model, cache = _begun(program, program.apply, program.init_cache, params, prompts, seen)
+    draft, of_draft = None, None
+    if program.of_draft:
+        draft, of_draft = _begun(program, *program.of_draft, draft_params, prompts, seen)
     vocab = asked.vocabulary(program, params) if penalties.asks(given.how) else None
     state = _State(
-        cache=cache, draft=prompt_read(*program.of_draft, draft_params) if program.of_draft else None,
+        cache=cache, draft=of_draft,
         text=jnp.pad(repeat(prompts), ((0, 0), (0, N + K + 1))), logps=jnp.zeros((rows, N + K + 1)),
         history=penalties.of_prompts(given.how, prompts, seen, vocab, program.group), token=repeat(prompts[:, -1]),
         alive=jnp.ones(rows, bool), done=jnp.zeros(rows, jnp.int32), reads=jnp.zeros(rows, jnp.int32),
@@ -123,7 +132,7 @@ def _speculate(program, params, draft_params, prompts, seen, given):
     first = T - repeat(seen.sum(1))
     state = jax.lax.while_loop(
         lambda state: state.alive.any(),
-        lambda state: _step(program, params, draft_params, given, keys, first, T, state),
+        lambda state: _step(program, model, draft, given, keys, first, T, state),
         state,
     )
     alive = jnp.arange(N)[None] < state.done[:, None]
@@ -132,26 +141,51 @@ def _speculate(program, params, draft_params, prompts, seen, given):
     return Completions(tokens, jnp.where(alive, state.logps[:, :N], 0), alive, ended), state.reads
 
 
-def _read(apply, params, tokens, seen, cache):
+def _begun(program, apply, init_cache, params, prompts, seen):
+    """A model, and the caches of rows [B, ...] that have read their prompts or have them in front."""
+    T, N, K = prompts.shape[1], program.length, program.ahead
+    one = partial(decode.cache_of, init_cache, 1, asked=T + N)
+    program = program._replace(apply=apply, init_cache=init_cache)
+    read = lambda *text: decode.read_prompts(program, params, *(x[None] for x in text), lambda _, length: one(length))
+    cache = jax.vmap(read)(prompts, seen)
+    many = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, program.group, 0), tree)
+    if decode.shares(program, T - 1):
+        own = jax.vmap(lambda _: one(N + K))(jnp.arange(len(prompts)))
+        return _Model(apply, params, cache, program.group), many(own)
+    whole = jax.vmap(lambda cache: jax.tree.map(decode.fitted, cache, one(T + N + K)))(cache)
+    return _Model(apply, params, None, 1), many(whole)
+
+
+def _read(model, tokens, seen, cache):
     """Rows with a cache each: logits [B, T, V] and caches."""
-    logits, cache = jax.vmap(lambda t, s, c: apply(params, t[None], s[None], c))(tokens, seen, cache)
-    return logits[:, 0], cache
+    rows, group = len(tokens), model.group
+
+    def of_row(prefix, tokens, seen, cache):
+        logits, cache = decode.behind(model.apply, prefix)(model.params, tokens[None], seen[None], cache)
+        return logits[0], cache
+
+    def of_group(prefix, *texts):  # which all read the one prefix
+        return jax.vmap(partial(of_row, prefix))(*texts)
+
+    parted = jax.tree.map(lambda x: x.reshape(rows // group, group, *x.shape[1:]), (tokens, seen, cache))
+    out = jax.vmap(of_group)(model.prefix, *parted)
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
 
 
-def _step(program, params, draft_params, given, keys, first, T, state):
+def _step(program, model, draft, given, keys, first, T, state):
     """Guesses, reads the last token and the guesses, and draws until a guess is wrong: one token at least."""
     K, rows = program.ahead, len(state.token)
     index = state.done[:, None] + jnp.arange(K + 1)[None]
     keys = jax.vmap(lambda key, n: jax.vmap(partial(jax.random.fold_in, key))(n))(keys, index)
     if program.of_draft is None:
         look = partial(look_up, count=K, match=program.match)
-        guesses, draft = jax.vmap(look)(state.text, first, T + state.done), None
+        guesses, of_draft = jax.vmap(look)(state.text, first, T + state.done), None
     else:
-        guesses, draft = _drafted(program, draft_params, given, keys, state)
+        guesses, of_draft = _drafted(program, draft, given, keys, state)
     tokens = jnp.concatenate([state.token[:, None], guesses], 1)
     # what lies beyond a row's limit is never asked for, and may lie beyond the positions that the model has learned
     alive = state.alive[:, None] & (index < given.limits[:, None])
-    logits, cache = _read(program.apply, params, tokens, alive, state.cache)
+    logits, cache = _read(model, tokens, alive, state.cache)
     so_far = penalties.of_columns(state.history, tokens, alive, alive & (jnp.arange(K + 1) > 0)[None])
     logits = transform(logits, given.how, index, so_far)
     drawn = draw(keys.reshape(-1), logits.reshape(rows * (K + 1), -1)).reshape(rows, K + 1)
@@ -166,7 +200,7 @@ def _step(program, params, draft_params, given, keys, first, T, state):
     done = state.done + kept
     forget = jax.vmap(program.forget)
     return _State(
-        cache=forget(cache, K + 1 - kept), draft=None if draft is None else forget(draft, K + 1 - kept),
+        cache=forget(cache, K + 1 - kept), draft=None if draft is None else forget(of_draft, K + 1 - kept),
         text=put(state.text, drawn, T + index), logps=put(state.logps, of_token, index),
         history=penalties.after(state.history, drawn, keep, keep), token=jnp.where(state.alive, last, state.token),
         alive=state.alive & ~jnp.isin(last, given.ends) & (done < given.limits), done=done,
@@ -174,14 +208,13 @@ def _step(program, params, draft_params, given, keys, first, T, state):
     )  # fmt: skip
 
 
-def _drafted(program, draft_params, given, keys, state):
+def _drafted(program, draft, given, keys, state):
     """What the draft model would say [B, K], and its cache, which has read all of it."""
-    apply, _ = program.of_draft
 
     def step(carry, xs):
         (cache, history, token), (key, i) = carry, xs
         there = (state.alive & (state.done + i < given.limits))[:, None]
-        logits, cache = _read(apply, draft_params, token[:, None], there, cache)
+        logits, cache = _read(draft, token[:, None], there, cache)
         history_now = jax.tree.map(lambda x: x[:, None], history)
         logits = transform(logits, given.how, (state.done + i)[:, None], history_now)[:, 0]
         token = draw(key, logits)

@@ -5,14 +5,17 @@ completes it, since these were sampled and have log-probabilities. It is looked 
 tokens, so it may begin and end within tokens, and characters of several bytes may be spread over several.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
 from pt_jax.data import batches
+from pt_jax.sampling import asked
 
 MARGIN = 8  # characters and tokens: what may read otherwise where a text is cut off before
+WINDOW = 32  # tokens of a row that are decoded again when there are new ones, before the first half is left out
+CLEANED = 3  # characters behind a space that a tokenizer which cleans up waits for: it takes the space off " n't"
 
 
 def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
@@ -22,9 +25,18 @@ def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
     >>> tokens.tolist(), seen.astype(int).tolist()
     ([[0, 5, 6], [0, 0, 7]], [[0, 1, 1], [0, 0, 1]])
     """
+    _check_prompts(prompts)
     length = batches.bucket(max(map(len, prompts))) if length is None else length
     tokens = batches.pad([np.asarray(p, np.int32) for p in prompts], length, pad_token, left=True)
     return tokens, batches.pad([np.ones(len(p), bool) for p in prompts], length, False, left=True)
+
+
+def _check_prompts(prompts):
+    if not len(prompts):
+        raise ValueError("prompts is empty; give one at least")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) and not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+            raise ValueError(f"prompt {i} is of type {np.asarray(prompt).dtype}; give an array of token ids")
 
 
 def to_texts(tokenizer, completions, stop=()) -> list[str]:
@@ -36,7 +48,7 @@ def to_texts(tokenizer, completions, stop=()) -> list[str]:
 
 
 def _check_stop(stop):
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+    if isinstance(stop, str) or not isinstance(stop, Iterable) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
 
 
@@ -112,30 +124,64 @@ def stream_texts(
     Yields:
       A string a row, often empty. All of a row's, one after the other, are its text.
     """
+    _check_stop(stop)
     tokens, seen = pad_prompts(prompts, pad_token=pad_token)
     until = stop_at(tokenizer, stop) if stop else None
-    rows = [[] for _ in range(len(prompts) * group)]
-    said = [0] * len(rows)
+    rows = [_Said(tokenizer, stop) for _ in range(len(prompts) * group)]
+    for part in streamer(params, tokens, seen, key, group=group, until=until):
+        over = part.ended | part.stopped
+        yield [row.new(ids[alive].tolist(), o) for row, ids, alive, o in zip(rows, part.tokens, part.alive, over)]
+    yield [row.new([], True) for row in rows]
 
-    def new(over):
-        texts = [before(text, stop) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-        texts = [text if o else text[: len(text) - _uncertain(text, stop)] for text, o in zip(texts, over)]
-        out = [text[n:] for text, n in zip(texts, said)]
-        said[:] = [max(n, len(text)) for text, n in zip(texts, said)]
+
+class _Said:
+    """What a row says, by its last tokens: their text is the end of the text of all, but for what was given before."""
+
+    def __init__(self, tokenizer, stop):
+        self.decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
+        self.cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+        self.stop, self.tokens, self.given, self.most = stop, [], 0, WINDOW
+
+    def new(self, tokens, over) -> str:
+        """What there is to give after more tokens; all, when the row is over."""
+        if not tokens and not over:
+            return ""
+        self.tokens += tokens
+        count, text = (len(self.tokens), self.decoded(self.tokens)) if over else self._whole()
+        certain = before(text, self.stop)
+        certain = certain if over else certain[: len(certain) - self._uncertain(certain)]
+        out, self.given = certain[self.given :], max(self.given, len(certain))
+        if len(self.tokens) > self.most and not text.endswith("\ufffd"):
+            self._leave_out(count, text)
         return out
 
-    for part in streamer(params, tokens, seen, key, group=group, until=until):
-        for row, ids, alive in zip(rows, part.tokens, part.alive):
-            row.extend(ids[alive].tolist())
-        yield new(part.ended | part.stopped)
-    yield new([True] * len(rows))
+    def _whole(self):
+        """How many tokens end with a whole character, and their text: bytes of the next may hide those before it."""
+        many = len(self.tokens)
+        each = ((n, self.decoded(self.tokens[:n])) for n in range(many, max(many - 4, 0), -1))
+        return next((x for x in each if not x[1].endswith("\ufffd")), (many, self.decoded(self.tokens)))
 
+    def _leave_out(self, count, text):
+        """Leaves out first tokens, where the others alone read as they do behind them.
 
-def _uncertain(text: str, stop) -> int:
-    """How many characters at the end may become something else: bytes without their last, a stop string's beginning."""
-    whole = text.rstrip("\ufffd")
-    begun = (n for s in stop for n in range(len(s) - 1, 0, -1) if whole.endswith(s[:n]))
-    return len(text) - len(whole) + max(begun, default=0)
+        They do not where a character lies across, or where a first token reads otherwise: then it is the next one's
+        turn. Behind a whole character, what comes later changes neither.
+        """
+        half = count // 2
+        for first in range(half, min(half + MARGIN, count)):
+            end = self.decoded(self.tokens[first:count])
+            rest = len(text) - len(end)
+            if end and text.endswith(end) and rest <= self.given <= len(text):
+                self.tokens, self.given, self.most = self.tokens[first:], self.given - rest, WINDOW
+                return
+        self.most = 2 * len(self.tokens)
+
+    def _uncertain(self, text) -> int:
+        """How many characters at the end may become others: bytes without their last, a stop string's beginning."""
+        whole = text.rstrip("\ufffd")
+        begun = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if whole.endswith(s[:n]))
+        space = whole.rfind(" ", max(len(whole) - CLEANED, 0)) if self.cleans else -1
+        return len(text) - min(len(whole) - max(begun, default=0), len(whole) if space < 0 else space)
 
 
 def complete(
@@ -159,6 +205,8 @@ def complete(
       Texts, those of one prompt after each other.
     """
     _check_stop(stop)
+    _check_prompts(prompts)
+    asked.counts(rows=rows, group=group)
     length = batches.bucket(max(map(len, prompts)))
     rows, texts = min(rows, len(prompts)), []
     for i in range(0, len(prompts), rows):

@@ -19,7 +19,7 @@ class Timings:
     Args:
       compiled: seconds in which programs were compiled; 0 when all were compiled before.
       first: seconds until the first tokens were there, with what was compiled for them.
-      whole: seconds until all were.
+      whole: seconds until all were, without what a stream waited for those who take from it.
       tokens: how many were sampled, in all rows together.
     """
 
@@ -39,20 +39,25 @@ class Timings:
 
 
 class Watch:
-    """A clock that runs from when it is made, and knows how much of the time went into compiling."""
+    """A clock that runs from when it is made until it is read, and knows how much of the time went into compiling."""
 
     def __init__(self):
-        self.compiled, self.start, self.first = 0.0, time.perf_counter(), None
+        self.compiled, self.whole, self.first = 0.0, 0.0, None
         jax.monitoring.register_event_duration_secs_listener(self._add)
+        self.go_on()
 
     def _add(self, name, seconds, **_):
-        self.compiled += seconds if name in COMPILES else 0
+        self.compiled += seconds if name in COMPILES and self.start is not None else 0
 
     def read(self, tokens: int) -> Timings:
-        """What it shows now; the first time is that of the first tokens."""
-        whole = time.perf_counter() - self.start
-        self.first = whole if self.first is None else self.first
-        return Timings(self.compiled, self.first, whole, tokens)
+        """What it shows now, where it stands still; the first time is that of the first tokens."""
+        self.whole, self.start = self.whole + time.perf_counter() - self.start, None
+        self.first = self.whole if self.first is None else self.first
+        return Timings(self.compiled, self.first, self.whole, tokens)
+
+    def go_on(self):
+        """Runs again, from what it shows."""
+        self.start = time.perf_counter()
 
     def stop(self):
         """No longer listens for compilations."""

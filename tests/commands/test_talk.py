@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
+from pt_jax import models
 from pt_jax.commands import common, talk
 
 
@@ -57,6 +60,32 @@ def test_an_answer_ends_before_the_stop_string(folder):
     whole = generate(folder, **settings)
     stop = tuple(next(c for c in x[3:] if c.isascii() and c.isprintable()) for x in whole)
     assert generate(folder, **settings, stop=stop) == [min((x.split(s)[0] for s in stop), key=len) for x in whole]
+
+
+def test_a_gpu_says_the_same_layer_by_layer(folder, monkeypatch):
+    options = {"temperature": 1.5, "samples": 2}
+    talking = talk.Chat(model=str(folder), temperature=1.5, max_new_tokens=8)
+    answers = lambda: (generate(folder, **options), talk.chat(talking, ask=asking("Who?", "")))
+    expected, trees = answers(), []
+    for name in ("complete", "stream_texts"):
+        by = getattr(talk.text, name)
+        monkeypatch.setattr(talk.text, name, lambda *a, by=by, **k: trees.append(a[1]) or by(*a, **k))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert answers() == expected
+    assert [type(tree["layers"]) for tree in trees] == [tuple] * 2
+
+
+def test_weights_are_taken_apart_stack_by_stack():
+    """Into the same arrays as all at once, with experts in some layers; and nothing is held twice."""
+    config = models.Config(
+        vocab=11, layers=3, width=8, heads=2, kv_heads=1, head_width=4, hidden=8, experts=2, expert_hidden=4,
+        expert_layers=(True, False, True),
+    )  # fmt: skip
+    params = models.init(config, jax.random.key(0))
+    expected = models.by_layer(config, params)
+    got = talk._by_layer(config, params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jax.tree.structure(got) == jax.tree.structure(expected) and not params["layers"]
 
 
 def asking(*said):

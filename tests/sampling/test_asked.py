@@ -60,6 +60,29 @@ OLD[0, :2] = 99  # padding is nothing that is read
         ({"how": Sampling(top_p=0.0)}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"seen": SEEN & (np.arange(2) > 0)[:, None]}, "prompt 0 is empty or not left-padded"),
         ({"seen": SEEN.astype(int)}, "seen is of type int64; give bool"),
+        ({"prompts": PROMPTS.astype(np.uint16)}, "prompts is of type uint16; give int32"),
+        ({"prompts": PROMPTS.astype(np.float32)}, "prompts is of type float32; give int32"),
+        ({"prompts": PROMPTS.tolist()}, r"prompts is a list; give an array \[P, T\] of int32"),
+        ({"end_tokens": 3}, r"end_tokens must be ids in a tuple, such as \(2,\), or \(\) for none, got 3"),
+        ({"end_tokens": (None,)}, r"end_tokens must be ids in a tuple, .* got \(None,\)"),
+        ({"end_tokens": "</s>"}, "end_tokens must be ids in a tuple, .* got '</s>'"),
+        ({"end_tokens": (3.0,)}, "end_tokens must be ids in a tuple"),
+        ({"pad_token": None}, "pad_token must be an id, got None; an end token will do"),
+        ({"pad_token": 0.5}, "pad_token must be an id, got 0.5"),
+        ({"length": 6.0}, "length must be a whole number above 0, got 6.0"),
+        ({"length": np.uint32(6)}, r"length must be a whole number above 0, got np.uint32\(6\)"),
+        ({"apply": None}, "apply must be a function, such as models.bind.config. has, got None"),
+        ({"init_cache": []}, r"init_cache must be a function, such as models.bind.config. has, got \[\]"),
+        ({"length": True}, "length must be a whole number above 0, got True"),
+        ({"group": "2"}, "group must be a whole number above 0, got '2'"),
+        ({"limits": np.array([2.5, 3.0])}, "limits is of type float64; give int32"),
+        ({"prompt_ids": np.array([0.5, 1.0])}, "prompt_ids is of type float64; give int32"),
+        ({"prompt_ids": np.arange(3)}, r"prompt_ids has shape \(3,\), expected \[P\] with P=2"),
+        ({"how": Sampling(temperature=None)}, "temperature must be at least 0 and finite, got None"),
+        ({"how": Sampling(top_k="all")}, "top_k must be at least 1, got all"),
+        ({"how": Sampling(allowed=np.array([3, 4]))}, r"allowed must be \[V\] bool, True for the tokens that"),
+        ({"how": 0.7}, "how must be a Sampling, such as Sampling\\(temperature=0.7\\), got 0.7"),
+        ({"how": Sampling(min_length=2, end_tokens=4)}, "end token 3 may come before min_length=2 tokens, as Samp"),
     ],
 )  # fmt: skip
 def test_a_sentence_says_what_is_wrong(by, more, message):
@@ -76,6 +99,20 @@ def test_a_sentence_says_what_is_wrong(by, more, message):
         (sample, {"alternatives": -1}, r"alternatives must be in \[0, inf\), got -1"),
         (ENGINES["queue"], {"alternatives": V + 1}, "alternatives=12 is more than the 11 tokens"),
         (stream, {"keep": ("nothing",)}, "keep names 'nothing', which is no array of the cache"),
+        (beam_search, {"beams": 2, "length_penalty": None}, "length_penalty must be a finite number, got None"),
+        (sample, {"alternatives": 1.5}, "alternatives must be a whole number, how many of the likeliest tokens, got 1"),
+        (sample, {"forced": np.full((2, N), 1.0)}, "forced is of type float64; give int32"),
+        (sample, {"keep": "k"}, r"keep must be names in a tuple, such as \('routes',\), got 'k'"),
+        (stream, {"keep": None}, "keep must be names in a tuple, .* got None"),
+        (speculate, {"forget": "all"}, "forget must be a function"),
+        (stream, {"chunk": 2.0}, "chunk must be a whole number above 0, got 2.0"),
+        (stream, {"until": "stop"}, "until must be a function of a row's tokens, .* got 'stop'"),
+        (speculate, {"ahead": 2.5}, "ahead must be a whole number above 0, got 2.5"),
+        (speculate, {"draft": (PARAMS, *MODEL)}, r"draft must be a Draft\(params, apply, init_cache\), got tuple"),
+        (sample_queue, {"slots": 2.5}, "slots must be a whole number above 0, got 2.5"),
+        (sample_queue, {"slots": 2, "together": 0.5}, "together must be a whole number above 0, got 0.5"),
+        (beam_search, {"beams": 2.5}, "beams must be a whole number above 0, got 2.5"),
+        (beam_search, {"beams": 2, "length_penalty": np.nan}, "length_penalty must be a finite number, got nan"),
         (beam_search, {"beams": 2, "end_tokens": (V,)}, "end_tokens has the id 11"),
         (beam_search, {"beams": 2, "length": LONGEST}, "but the model has positions for 12"),
     ],
@@ -94,10 +131,16 @@ def test_a_draft_has_the_vocabulary_of_the_model():
 
 def test_what_is_right_is_not_refused():
     """Texts as long as the positions, ids in padding that mean nothing, an end that never comes, a least length that
-    is the limit, stops that are given as an array; and what is traced has no numbers to look at."""
+    is the limit, stops that are given as an array or a set, limits as a list, ids of another type of whole numbers;
+    and what is traced has no numbers to look at."""
     tokens = LONGEST - 5
     how = Sampling(min_length=tokens, end_tokens=(3, 4), allowed=np.arange(V) != 4)
     out = ask(sample, prompts=OLD, length=tokens, end_tokens=np.array([3, -1, 4]), how=how, apply=MODEL.apply)
+    same = ask(
+        sample, prompts=OLD.astype(np.int64), length=tokens, end_tokens={3, 4}, how=how, apply=MODEL.apply,
+        limits=[tokens, tokens], pad_token=np.uint8(3),
+    )  # fmt: skip
+    np.testing.assert_array_equal(same.tokens, out.tokens)
     assert out.alive.all() and np.isfinite(out.logps).all()  # behind the last position there would be no number
     traced = jax.jit(lambda prompts, seen, how: ask(sample, prompts, seen, how=how, apply=MODEL.apply).tokens)
     assert traced(PROMPTS, SEEN, Sampling(temperature=0.0)).shape == (2, N)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pt_jax.models import Config, Execution, bind, init, init_cache
-from pt_jax.sampling import Sampling, beam_search, sample, sample_queue, sample_until, speculate, text
+from pt_jax.sampling import Draft, Sampling, beam_search, sample, sample_queue, sample_until, speculate, stream, text
 
 SIZES = {"vocab": 29, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "hidden": 32, "eps": 1e-3, "tied": False}
 CONFIGS = {
@@ -90,16 +90,44 @@ def test_a_ring_and_a_shared_prompt_change_no_sample(kind):
 
 @pytest.mark.parametrize(
     ("by", "more"),
-    [(sample_queue, {"slots": 5}), (sample_until, {}), (speculate, {"ahead": 4})],
-    ids=["queue", "until", "guesses"],
-)
+    [
+        (sample_queue, {"slots": 5}), (sample_until, {}), (sample_until, {"shared_prefix": False}),
+        (speculate, {"ahead": 4}), (speculate, {"ahead": 4, "shared_prefix": False}),
+    ],
+    ids=["queue", "until", "until, copies", "guesses", "guesses, copies"],
+)  # fmt: skip
 def test_every_engine_draws_from_rings_what_it_draws_from_a_whole_cache(by, more):
     assert_same(drawn(by, "windows in turns", **more), plain("windows in turns"))
 
 
+@pytest.mark.parametrize("by", [sample_until, speculate], ids=["until", "guesses"])
+def test_engines_choose_the_experts_that_the_plain_loop_chooses(by):
+    """With the experts' own loops under those of the rows; and what is kept, of a prompt that is there once."""
+    kept = KEEP["windows and experts"] if by is sample_until else ()
+    got, expected = drawn(by, "windows and experts", **({"keep": kept} if kept else {})), plain("windows and experts")
+    assert_same(got, expected)
+    if kept:
+        read = np.concatenate([np.repeat(SEEN, G, 0), np.pad(expected.alive[:, 1:], ((0, 0), (0, 1)))], 1)
+        np.testing.assert_array_equal(got.kept["routes"][0][read], expected.kept["routes"][0][read])
+
+
+def test_a_draft_may_have_experts():
+    """And guesses what it would say by itself: it is the model."""
+    kind = "windows and experts"
+    model, params = bind(CONFIGS[kind]), weights(CONFIGS[kind])
+    ask = jit(lambda params: speculate(
+        params, PROMPTS, SEEN, jax.random.key(5), apply=model.apply, init_cache=model.init_cache, length=N,
+        pad_token=3, end_tokens=(3, 8), group=G, how=EVERYTHING, ahead=4, draft=Draft(params, *model),
+    ))  # fmt: skip
+    out, reads = jax.tree.map(np.asarray, ask(params))
+    assert_same(out, plain(kind))
+    np.testing.assert_array_equal(reads, np.ceil(plain(kind).alive.sum(1) / 5))
+
+
 def test_beams_are_found_in_rings():
+    """With the prompt there once, and with a copy for each beam and no ring."""
     got = drawn(beam_search, "all windows", beams=3)
-    expected = drawn(beam_search, "all windows", beams=3, init_cache=keeps_all("all windows"))
+    expected = drawn(beam_search, "all windows", beams=3, init_cache=keeps_all("all windows"), shared_prefix=False)
     assert_same(got, expected)
     assert expected.alive.sum(1).max() > 24
 
@@ -140,29 +168,49 @@ def test_every_engine_reads_an_int8_cache_alike(by, more):
 # ---- memory
 
 
+def test_a_stream_holds_a_prompt_once_for_its_group():
+    """Between two pieces, when nothing but its state is there."""
+    bound = bind(CONFIGS["no window"])
+    sizes = {}
+    for share in (False, True):
+        before = sum(x.nbytes for x in jax.live_arrays())
+        parts = stream(
+            weights(CONFIGS["no window"]), PROMPTS, SEEN, jax.random.key(5), apply=bound.apply, group=8, chunk=4,
+            init_cache=bound.init_cache, length=N, pad_token=3, end_tokens=(3, 8), shared_prefix=share,
+        )  # fmt: skip
+        next(parts)
+        sizes[share] = sum(x.nbytes for x in jax.live_arrays()) - before
+    of_prompts = P * (T - 1) * 2 * 2 * 2 * 4 * 4  # layers, keys and values, heads, width, float32
+    assert sizes[False] - sizes[True] > 0.9 * (8 - 1) * of_prompts
+
+
 def test_the_memory_of_a_prompt_is_divided_by_its_group():
     """And a ring takes that of its window."""
     sizes = {"vocab": 8, "layers": 24, "width": 8, "heads": 1, "kv_heads": 1, "head_width": 8, "hidden": 8}
     prompts, group, tokens = 2, 16, 257
 
     @functools.cache
-    def memory(windows, **more):
+    def memory(windows, by=sample, **more):
         config = Config(**sizes, windows=windows)
         bound, params = bind(config), jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
         def ask(params, prompts, seen):
-            return sample(
-                params, prompts, seen, jax.random.key(0), apply=bound.apply, init_cache=bound.init_cache, length=16,
-                end_tokens=(-1,), pad_token=0, group=group, **more,
-            ).tokens  # fmt: skip
+            key = () if by is beam_search else (jax.random.key(0),)
+            return by(
+                params, prompts, seen, *key, apply=bound.apply, init_cache=bound.init_cache, length=16,
+                end_tokens=(-1,), pad_token=0, **({"group": group} if by is sample else {}), **more,
+            )  # fmt: skip
 
         rows = (jax.ShapeDtypeStruct((prompts, tokens), x) for x in (jnp.int32, bool))
-        return jax.jit(ask).lower(params, *rows).compile().memory_analysis().temp_size_in_bytes
+        return jit(ask).lower(params, *rows).compile().memory_analysis().temp_size_in_bytes
 
     of_rows = lambda rows, tokens: rows * tokens * 24 * 2 * 8 * 4  # layers, keys and values, width, float32
     copies, shared = memory((), shared_prefix=False), memory(())
     saved = of_rows(prompts * group, tokens) - of_rows(prompts, tokens)
     assert copies - shared > 0.9 * saved, (copies, shared, saved)
+    for by, rows in ((beam_search, {"beams": group}), (speculate, {"group": group, "ahead": 2})):
+        theirs = [memory((), by, **rows, shared_prefix=share) for share in (False, True)]
+        assert theirs[0] - theirs[1] > 0.9 * saved, (by.__name__, theirs, saved)
     ring = memory((16,) * 24, shared_prefix=False)
     assert copies - ring > 0.9 * (of_rows(prompts * group, tokens) - of_rows(prompts * group, 16 + 16))
 

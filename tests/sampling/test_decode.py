@@ -1,10 +1,6 @@
 """The sampler against the scorer, and what a sample must not depend on: its batch, its padding, its group, the day."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -203,37 +199,6 @@ def test_samples_of_a_group_of_prompts_and_of_keys_differ(base):
 
 def test_prompts_are_numbered_when_no_ids_are_given():
     assert_same(completions(group=2), completions(group=2, prompt_ids=np.arange(P)))
-
-
-PROGRAM = """
-import functools, hashlib, jax, numpy as np
-from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample
-config = Config(vocab=23, layers=2, width=8, heads=2, kv_heads=1, head_width=4, hidden=8)
-model, params = bind(config), jax.tree.map(lambda x: x * 10, init(config, jax.random.key(1)))
-prompts, seen = np.arange(20, dtype=np.int32).reshape(4, 5), np.tril(np.ones((5, 5), bool))[1:, ::-1]
-run = functools.partial(sample, apply=model.apply, init_cache=model.init_cache, length=9, end_tokens=(3,), pad_token=3,
-    group=2, how=Sampling(0.9, 12, 0.95, 0.01))
-out = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, prompts, seen, jax.random.key(2))
-digest = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in (out.tokens, out.logps, out.alive)]
-"""
-
-
-def test_another_process_samples_the_same_bits():
-    """Each comes to an end, too: 23 tokens times 4 prompts of 2 samples were a program that XLA never finished."""
-    settings = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 8)\n"
-    ask = [sys.executable, "-c", f"{settings}{PROGRAM}\nimport json; print(json.dumps([digest, out.tokens.tolist()]))"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    runs = [subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
-    try:
-        ended = [run.communicate(timeout=120) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0, 0], ended
-    (digest, tokens), other = (json.loads(out) for out, _ in ended)
-    assert [digest, tokens] == other
-    assert len({tuple(row) for row in tokens}) == 8
 
 
 # ---- the end

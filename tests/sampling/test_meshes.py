@@ -1,6 +1,7 @@
 """However many devices draw and however the weights are split over them, the samples are the same."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, sample, sample_queue
+from pt_jax.sampling import Draft, Sampling, beam_search, sample, sample_queue, sample_until, speculate
 from pt_jax.training import sharding
 
 CONFIG = Config(vocab=32, layers=2, width=16, heads=4, kv_heads=4, head_width=4, hidden=32, eps=1e-3, tied=False)
@@ -48,6 +49,39 @@ def same(got, expected):
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_array_equal(got.alive, expected.alive)
     np.testing.assert_allclose(got.logps, expected.logps, rtol=0, atol=1e-5)
+
+
+ENGINES = {
+    "stream": functools.partial(sample_until, chunk=8),
+    "look-up": lambda *given, **more: speculate(*given, **more)[0],
+    "draft": lambda params, *given, **more: speculate(
+        params, *given, draft=Draft(params, *MODEL), ahead=2, **more
+    )[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("by", ENGINES.values(), ids=ENGINES)
+def test_other_engines_draw_the_samples_of_one_device(by, shape):
+    """Groups share their prompts, some of which are on other devices than their rows."""
+    mesh = sharding.make_mesh(**shape)
+    params = jax.device_put(PARAMS, sharding.by_name(PARAMS, mesh))
+    expected = drawn(sample, PARAMS, PROMPTS, SEEN)
+    same(drawn(by, params, *jax.device_put((PROMPTS, SEEN), sharding.rows(mesh))), expected)
+
+
+def test_beams_are_those_of_one_device():
+    ask = lambda *args: jax.tree.map(np.asarray, beam_search(
+        *args, apply=MODEL.apply, init_cache=MODEL.init_cache, length=20, end_tokens=(7, 28), pad_token=3, beams=3,
+    ))  # fmt: skip
+    expected, scores = ask(PARAMS, PROMPTS, SEEN)
+    assert len(set(expected.alive.sum(1))) > 3
+    for shape in SHAPES[:2]:
+        mesh = sharding.make_mesh(**shape)
+        params = jax.device_put(PARAMS, sharding.by_name(PARAMS, mesh))
+        got, got_scores = ask(params, *jax.device_put((PROMPTS, SEEN), sharding.rows(mesh)))
+        same(got, expected)
+        np.testing.assert_allclose(got_scores, scores, rtol=0, atol=1e-5)
 
 
 def test_the_samples_of_experts_on_several_devices_are_those_of_one():

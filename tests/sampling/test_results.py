@@ -163,3 +163,17 @@ def test_a_stream_has_its_first_tokens_before_the_others():
     assert first.tokens == 6 * 4 and last.tokens == 6 * N
     whole = ask(sample_until, chunk=4, end_tokens=(-1, -2)).timings
     assert whole.tokens == 6 * N and whole.first < whole.whole and whole.compiled == 0
+
+
+def test_what_is_done_with_a_piece_is_not_in_the_time(monkeypatch):
+    """Neither its seconds nor what is compiled in them."""
+    clock = Clock()
+    monkeypatch.setattr(timings, "time", clock)
+    taken = []
+    for part in ask(stream, chunk=4, end_tokens=(-1, -2)):
+        taken.append(part.timings)
+        clock.now += 1000.0
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 7.0)
+    count = len(taken)
+    assert [x.whole for x in taken] == [1.0 + i for i in range(count)] and count == N // 4
+    assert {x.first for x in taken} == {1.0} and taken[-1].compiled == taken[0].compiled < 7

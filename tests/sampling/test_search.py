@@ -89,6 +89,8 @@ def test_mistakes_are_sentences():
     out = Completions(np.zeros((4, 1), int), np.zeros((4, 1)), np.ones((4, 1), bool))
     with pytest.raises(ValueError, match=r"scores has shape \(3, 2\), expected \[P, G\] with P \* G = 4 rows"):
         best_of(out, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"scores has shape \(4,\), expected \[P, G\]"):
+        best_of(out, np.zeros(4))
     with pytest.raises(ValueError, match="prompt 1 has no score"):
         best_of(out, np.array([[1, 2], [np.nan, np.nan]]))
     ask = lambda **more: beam_search(PARAMS, PROMPTS, SEEN, **SETTINGS | more)
