@@ -19,8 +19,11 @@ def test_trl_gets_the_same(entry):
     assert got.keys() == entry["outputs"].keys()
     for name, key in entry["outputs"].items():
         expected = ARRAYS[key]
+        # Of advantages that are whitened to a mean of 0 the loss of a policy is a remainder: one rounding of a return of
+        # 4 is 5e-7 and moves it by as much, and which way it is rounded is the compiler's.
+        size = 0.1 if name == "pg_loss" else 1e-2
         np.testing.assert_allclose(
-            got[name], expected, rtol=1e-5, atol=1e-5 * max(1e-2, np.abs(expected).max()), err_msg=name
+            got[name], expected, rtol=1e-5, atol=1e-5 * max(size, np.abs(expected).max()), err_msg=name
         )
 
 
