@@ -49,7 +49,7 @@ class Size:
     grpo: int
 
 
-FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=360, sft=90, dpo=50, grpo=60)
+FULL = Size(documents=6000, layers=4, width=160, hidden=432, pretrain=360, sft=180, dpo=50, grpo=60)
 FAST = Size(documents=2000, layers=3, width=128, hidden=352, pretrain=150, sft=80, dpo=50, grpo=8)
 VOCAB, LENGTH, ANSWER = 512, 256, 12
 STAGES = ("base", "sft", "dpo", "grpo")
