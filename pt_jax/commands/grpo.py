@@ -36,7 +36,8 @@ class GRPO(common.Training):
       updates: updates on the samples of a step.
       max_new_tokens: longest completion.
       slots: completions that are sampled at a time; where one ends, the next is begun. All of a step's when not given.
-        Changes no sample; fewer slots than completions save memory, and time where lengths differ much.
+        Changes a sample only where rounding decides it; fewer slots than completions save memory, and time where
+        lengths differ much.
       temperature: of sampling.
       reward: "number" (the last number is the answer's), "exact" (the text is), or FILE.py:FUNCTION of your own, called
         with the completion and its row.
