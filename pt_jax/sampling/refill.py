@@ -73,9 +73,9 @@ def sample_queue(
     """Samples ``group`` completions of each of many prompts in a few slots that are never idle for long.
 
     The completions are those of ``sample``, token for token: they come from the same keys, fold_in(fold_in(fold_in(key,
-    p), j), n). Where a number drawn lies on the edge between two tokens, to float32's rounding, it may be the other one:
+    p), j), n). Where a number drawn lies on the edge between two tokens, to float32's rounding, the other may come:
     of 4,169 tokens of a vocabulary of 4,096 one was, 1e-8 off. Where lengths differ much, less time is spent on rows
-    that have ended, and on attending to columns that only long ones need. Each slot has a copy of its prompt's cache, so
+    that have ended, and on attending to columns that only long ones need. Each slot has a copy of its prompt, so
     memory is that of the slots however many rows there are; where prompts are long and lengths much the same,
     ``sample``, whose groups share one, is faster.
 
