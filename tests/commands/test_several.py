@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from several_commands import HEARTBEAT
 
+from pt_jax import models
 from pt_jax.commands import dpo, grpo, several, sft
+from pt_jax.models import lora
 from pt_jax.training import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -43,14 +46,25 @@ OWN = {  # options of each command, beside those that all have
 
 
 @pytest.fixture(scope="module")
-def given(folder, data, tmp_path_factory):
+def adapter(folder, tmp_path_factory):
+    """A PEFT folder whose base is the model."""
+    params, config = models.load(folder)
+    how, path = lora.Adapter(rank=2), tmp_path_factory.mktemp("adapters") / "tiny"
+    random = lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8
+    adapters = jax.tree.map(random, lora.init(jax.random.key(0), params, how))
+    models.peft.save(path, adapters, config, how, base=str(folder))
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(folder, adapter, data, tmp_path_factory):
     """The options of a command, but for its --out."""
     rewards = tmp_path_factory.mktemp("rewards") / "mine.py"
     rewards.write_text(REWARD)
     kinds = {"sft": "completion", "dpo": "preference", "grpo": "question"}
     more = {
         "sft": {"eval_data": data["completion"], "average": 0.5},
-        "dpo": {"eval_data": data["preference"], "patience": 3, "sync_reference": 2},
+        "dpo": {"model": str(adapter), "eval_data": data["preference"], "patience": 3, "sync_reference": 2},
         "grpo": {"eval_data": data["held_out"], "reward": f"{rewards}:judge"},
     }
 
