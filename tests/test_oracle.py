@@ -19,7 +19,7 @@ def test_trl_gets_the_same(entry):
     assert got.keys() == entry["outputs"].keys()
     for name, key in entry["outputs"].items():
         expected = ARRAYS[key]
-        # Of advantages that are whitened to a mean of 0 the loss of a policy is a remainder: one rounding of a return of
+        # Of advantages that are whitened to a mean of 0 the loss of a policy is a remainder: a rounding of a return of
         # 4 is 5e-7 and moves it by as much, and which way it is rounded is the compiler's.
         size = 0.1 if name == "pg_loss" else 1e-2
         np.testing.assert_allclose(
