@@ -124,7 +124,7 @@ def skewed(ask, rows) -> dict:
 
 
 def ways(ask, rows) -> dict:
-    """Tokens a second of each way, and of what it is compared with."""
+    """Tokens a second of each way, and of what it is compared with; of guesses also how many tokens a reading gave."""
     import jax
     from models import config_of
 
@@ -147,7 +147,9 @@ def ways(ask, rows) -> dict:
         "pieces": (run(sample_until), plain), "look_up": (run(speculate, again, how=Sampling(0.0)), greedy),
     }  # fmt: skip
     seconds = lambda run: timed(run, jax.block_until_ready)[1]
-    return {name: [rows * ask.new / seconds(run) for run in both] for name, both in each.items()}
+    rates = {name: [rows * ask.new / seconds(run) for run in both] for name, both in each.items()}
+    rates["look_up"].append(rows * ask.new / int(np.sum(each["look_up"][0]()[1])))  # how many readings it took
+    return rates
 
 
 def of_tunix(ask, rows) -> dict:
@@ -237,9 +239,10 @@ def main():
             print(json.dumps(line | {name: round(x, 2) for name, x in out.items()} | about))
             continue
         if ask.ways:
-            for name, (rate, plain) in ways(ask, rows).items():
+            for name, (rate, plain, *of_reading) in ways(ask, rows).items():
                 line = {"name": f"sampling/{name}", "value": round(rate, 1), "unit": "tokens/s"}
-                print(json.dumps(line | {"vs_sample": round(rate / plain, 2)} | about))
+                line |= {"vs_sample": round(rate / plain, 2)} | dict(zip(["tokens_a_reading"], np.round(of_reading, 2)))
+                print(json.dumps(line | about))
             continue
         turns = [{side: turn(ask, side, rows) for side in SIDES} for _ in range(ask.turns)]
         mine, *theirs = ([t[side] for t in turns if t[side]] for side in SIDES)
