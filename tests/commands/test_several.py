@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from pt_jax.training import checkpoints
 pytestmark = pytest.mark.slow
 SCRIPT = pathlib.Path(__file__).parents[1] / "several_commands.py"
 STEPS = 4
+PATIENCE = 15 * HEARTBEAT  # a third of it where nothing else runs; JAX's own is longer
 REWARD = """
 import os, signal
 
@@ -190,31 +190,29 @@ def test_a_signal_in_a_rollout_of_one_process_stops_both_after_it_and_the_run_go
 
 
 @pytest.mark.parametrize(
-    ("command", "who", "what", "newest"),
+    ("command", "who", "what", "kept"),
     [
-        ("sft", 1, "before the first step", []),
-        ("sft", 1, "while arrays are written", []),
-        ("sft", 0, "before the manifest", []),
-        ("grpo", 1, "in an evaluation", [2]),
+        ("sft", 1, "before the first step", [[]]),
+        ("sft", 1, "while arrays are written", [[]]),
+        ("sft", 0, "before the manifest", [[]]),
+        ("grpo", 1, "in an evaluation", [[], [2]]),  # by when the one of step 2 need not be written
     ],
 )
 def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
-    start, straight, tmp_path, command, who, what, newest
+    start, straight, tmp_path, command, who, what, kept
 ):
     """By default JAX lets the other wait for minutes. What was being written is no checkpoint."""
     out, saved, environment = tmp_path / "out", tmp_path / "out.unfinished" / "checkpoints", [{}, {}]
     environment[who] = {"SIGNAL": "SIGKILL", "CALL": str(2 + 2 + 2 * 8 + 2 + 2 * 8 + 1)}  # in the last evaluation
     both = start(out, command=command, fault=f"{what}@{who}", environment=environment)
     both[who].wait(300)
-    begun = time.monotonic()
-    said, _ = both[1 - who].communicate(timeout=300)
-    assert both[who].returncode == -signal.SIGKILL and time.monotonic() - begun < 5 * HEARTBEAT
-    assert both[1 - who].returncode not in (0, 75)
+    said, _ = both[1 - who].communicate(timeout=PATIENCE)
+    assert both[who].returncode == -signal.SIGKILL and both[1 - who].returncode not in (0, 75)
     gone = (f"process 1 of 2 has given no sign of life for {HEARTBEAT:g} seconds",)
     if who == 0:
         gone = "process 0 of 2, the coordinator, is gone", "distributed service detected fatal errors"
     assert any(sentence in said for sentence in gone), said
-    assert checkpoints.complete(saved) == newest
+    assert checkpoints.complete(saved) in kept
     codes, texts = ended(start(out, command=command))
     assert codes == [0, 0], texts
     same(out, straight(command)[0])

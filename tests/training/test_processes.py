@@ -18,6 +18,7 @@ from pt_jax import models
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "several_processes.py"
 HEARTBEAT = 4.0  # of the script
+PATIENCE = 15 * HEARTBEAT  # a third of it where nothing else runs; JAX's own is longer
 
 
 def start(what, count, folder):
@@ -141,11 +142,9 @@ def test_a_process_that_fails_ends_all(tmp_path, case):
     assert all(file.exists() for file in ready), outputs("fault", 2, folder)
     if kind != "raise":
         os.kill(processes[who].pid, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
-    other, began = processes[1 - who], time.monotonic()
     try:
-        code = other.wait(5 * HEARTBEAT)
-        assert time.monotonic() - began < 5 * HEARTBEAT
-        assert kind != "raise" or processes[who].wait(5 * HEARTBEAT) == 1
+        code = processes[1 - who].wait(PATIENCE)
+        assert kind != "raise" or processes[who].wait(PATIENCE) == 1
     finally:
         for process in processes:
             process.kill()
