@@ -7,7 +7,7 @@
 JSON lines, each side in a process of its own, in turns. SFT is tokens a second of whole steps (AdamW). DPO is tokens a
 second of both answers with their prompts, half of them the prompt's: TRL's trainer asks the reference at every step;
 here it is asked once for a data set, so the line has two figures, of the step alone and with the reference scored for
-it. Ours reads a prompt once for both answers. The floor is the matrix products of the SFT step at the rate of a large
+it. Ours reads a prompt once for both answers. The floor is the matrix products of a step at the rate of a large
 product in the same process; torch's share of its own is ``peer_share``. TRL, torch and transformers are needed for the
 ratios only; of Tunix, which wants versions of its own, ``--side tunix`` prints the seconds of a step.
 
@@ -319,6 +319,9 @@ def main():
     whole = mine["dpo"] + mine["references"]
     line = {"name": "training/dpo", "value": round(tokens / mine["dpo"], 1), "unit": "tokens/s"}
     line["with_reference"] = round(tokens / whole, 1)
+    row = argparse.Namespace(shape=ask.shape, length=3 * PROMPT)  # of a pair: the prompt, and both answers
+    floor = tokens / (ask.rows * row.length * 3 * operations(row) / peak)
+    line |= {"floor": round(floor, 1), "share_of_floor": round(tokens / mine["dpo"] / floor, 3)}
     if "dpo" in least.get("trl", {}):
         line |= {"vs_trl": round(least["trl"]["dpo"] / mine["dpo"], 3)}
         line |= {"with_reference_vs_trl": round(least["trl"]["dpo"] / whole, 3)}
