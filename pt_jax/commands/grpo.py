@@ -9,6 +9,7 @@ import pathlib
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import advantages, weights
@@ -87,6 +88,7 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
     fit = fitting.Fit(options, model, loss_fn, len(rows))
     prompts = encode_prompts(model, rows, options.max_new_tokens)
     length = batches.bucket(max(map(len, prompts)))
+    length += -(length + options.max_new_tokens) % options.context  # a device has as much of a row as the next
     sampler = fit.sampler(options.max_new_tokens, how, options.slots)
     score = make_score(sharding.within(fit.mesh, model.apply), how)
     reference = fit.reference() if options.kl else None
@@ -118,10 +120,11 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         )
         return batch, recipe.group_metrics(rewards, out, model.end_tokens)
 
+    in_a_row = jax.jit(lambda bad, skipped: (bad + 1) * skipped, out_shardings=fit.state.bad.sharding)
     recent = collections.deque(maxlen=options.log_every + 1)  # (step, batch of the host), until known to be good
 
     def sample_and_update(state, frozen, step):
-        """All updates of a step of the loop, which is a rollout and counts as one."""
+        """All updates of a step of the loop, which is a rollout and counts as one, in ``state.bad`` too."""
         whole, said = rollout(fit.params_of(state), step)
         batch = fit.place(whole)
         if reference is not None:
@@ -131,17 +134,17 @@ def run(options: GRPO, tracker=None, stage: str = "grpo") -> dict:
         recent.append((step, whole))
         if step == fit.done:
             fit.compile(batch)
-        skipped = 0
+        skipped, bad = 0, state.bad.copy()  # the state is consumed
         for update in range(options.updates):
             state, metrics = fit.train_step(state, frozen, batch)
-            skipped = max(skipped, int(metrics["skipped"]))
+            skipped = jnp.maximum(skipped, metrics["skipped"])
             if update == 0:
                 now = distributed.fetched(metrics["logps"])
                 said |= recipe.sampler_agreement(whole, now)
                 whole |= {"old_logps": now, "fresh": np.zeros(len(now), bool)}
                 batch |= fit.place({"old_logps": metrics["logps"], "fresh": whole["fresh"]})
         metrics = {k: v for k, v in metrics.items() if v.ndim == 0}
-        return state, metrics | {"skipped": skipped} | said
+        return state.replace(bad=in_a_row(bad, skipped)), metrics | {"skipped": skipped} | said
 
     with fit.stage(stage, tracker) as (_, on, logs):
         fit.run(lambda step: step, on, step=sample_and_update, bad_batch=lambda step: dict(recent)[step])

@@ -42,6 +42,7 @@ def fit(
       stop: step number -> reason to stop after it, such as a signal's name, or None (``signals.asked``,
         ``time_limit``).
       bad_steps: after so many steps in a row that the step has skipped (metric ``skipped``), training is given up.
+        Those before ``start`` are ``state.bad``: a step of several updates is to count itself there as one.
 
     Returns:
       The state after the last step.

@@ -13,6 +13,7 @@ from run_folders import same_runs, state_of
 from pt_jax import models, signals
 from pt_jax.commands import common, dpo, export, fitting, grpo, keeping, sft
 from pt_jax.models import lora, peft
+from pt_jax.recipes import grpo as grpo_recipe
 from pt_jax.recipes import sft as sft_recipe
 from pt_jax.tracking import metrics
 from pt_jax.training import checkpoints, specs
@@ -256,6 +257,26 @@ def test_rewards_that_are_infinite_change_nothing_and_end_the_run(options, folde
     begun, _ = models.load(folder)
     for name, x in specs.flat({"params": begun}).items():
         np.testing.assert_array_equal(state_of(aside, 1)[name], x, name)
+
+
+def test_a_row_of_bad_steps_is_as_long_in_a_run_that_was_stopped(options, tmp_path, monkeypatch):
+    """Of steps, not of their updates: with two of these a step, the second step's would be the fourth in a row."""
+    make = grpo_recipe.make_batch
+
+    def spoiled(*given, **how):
+        batch = make(*given, **how)
+        return batch | {"advantages": batch["advantages"] * np.float32(np.nan)}
+
+    monkeypatch.setattr(grpo_recipe, "make_batch", spoiled)
+    given = {"bad_steps": 3, "checkpoint_every": 1, "log_every": 1}
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stopping_at(patched, 1)
+        run(options("grpo", tmp_path / "out", **given))
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
+        run(options("grpo", tmp_path / "out", resume="auto", **given))
+    aside = tmp_path / "out.unfinished"
+    assert [r["skipped"] for r in metrics.read(aside / "metrics.jsonl") if r["step"]] == [1, 1, 1]
+    assert [int(state_of(aside, step)["bad"]) for step in (1, 2)] == [1, 2]
 
 
 def test_dropping_any_leaf_of_the_state_would_show(options, folder, tmp_path):

@@ -128,12 +128,16 @@ def test_epochs_are_passes_over_the_data(train, data):
     assert records[-1]["step"] == -(-2 * count // 8)
 
 
+SPLITS = [{"microbatches": 2, "batch_size": 16}, {"fsdp": 2}, {"fsdp": 2, "context": 4}, {"expert": 2}]
+
+
 @pytest.mark.parametrize(
-    "changes", [{"microbatches": 2, "batch_size": 16}, {"fsdp": 2}, {"fsdp": 2, "context": 4}, {"expert": 2}]
+    ("command", "changes"),
+    [*(("sft", changes) for changes in SPLITS), ("grpo", {"context": 2, "max_new_tokens": 5})],  # of odd rows
 )
-def test_how_the_work_is_split_changes_no_result(train, changes):
-    plain = {"batch_size": changes["batch_size"]} if "batch_size" in changes else {}
-    for a, b in zip(jax.tree.leaves(train("sft", **plain)[0]), jax.tree.leaves(train("sft", **changes)[0])):
+def test_how_the_work_is_split_changes_no_result(train, command, changes):
+    plain = {name: value for name, value in changes.items() if name in ("batch_size", "max_new_tokens")}
+    for a, b in zip(jax.tree.leaves(train(command, **plain)[0]), jax.tree.leaves(train(command, **changes)[0])):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
