@@ -16,6 +16,7 @@ On a CPU much of a step is the kernel's, which hands out the pages of its tempor
 so did ``remat="layer"``, which keeps less.
 """
 
+import argparse
 import json
 import tempfile
 import time
