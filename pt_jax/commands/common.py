@@ -25,7 +25,7 @@ class Files:
         whose adapter is folded into its base.
       data: .jsonl or .parquet file of rows.
       out: folder for the trained model and its metrics; until the model is there, OUT.unfinished has the metrics.
-      overwrite: replace the folder at --out, if it holds a model.
+      overwrite: replace the folder at --out, if it holds a model; with --resume auto, unless it is this run's.
     """
 
     model: str

@@ -26,15 +26,17 @@ def check(meta: dict, options, names=None) -> None:
       options: of the run now.
       names: of the options to look at; all when None.
     """
-    reads = options.reads()
-    for name, before in meta.get("inputs", {}).items():
+    reads, begun = options.reads(), meta.get("inputs")
+    for name in () if begun is None else dict.fromkeys((*begun, *reads)):
         if names is not None and name not in names:
             continue
-        path = reads.get(name)
-        if path is None or content(path) != before:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {path} is not what the run was begun with; a run goes on with the same"
-            )
+        flag, path = "--" + name.replace("_", "-"), reads.get(name)
+        if name not in begun:
+            raise ValueError(f"{flag} {path}: the run was begun without {flag}; a run goes on with the same")
+        if path is None:
+            raise ValueError(f"no {flag}: the run was begun with {flag}; a run goes on with the same")
+        if content(path) != begun[name]:
+            raise ValueError(f"{flag} {path} is not what the run was begun with; a run goes on with the same")
 
 
 def content(path) -> str:

@@ -24,11 +24,12 @@ class Keeping:
       keep: newest checkpoints that are kept.
       keep_every: keep those of every so many steps as well.
       keep_best: keep the one where this metric was best as well: lowest if its name ends in loss, else highest.
-      resume: "auto" goes on from the newest whole checkpoint, if there is one, and a number from that step's. The run
-        is then the one that was never stopped, to the last bit.
+      resume: "auto" goes on from the newest whole checkpoint, if there is one, and does nothing where the run's model
+        is at --out already. A number goes on from that step's, and removes the later ones at once. The run is then the
+        one that was never stopped, to the last bit.
       on_save_error: when a checkpoint cannot be written: "warn" and go on, or "stop".
-      bad_steps: steps in a row with a loss or gradient that is not finite (each is skipped) after which to give up; the
-        batch is left in OUT.unfinished.
+      bad_steps: steps in a row that were skipped, for a loss or gradient that is not finite or by --skip-spikes, after
+        which to give up; the batch is left in OUT.unfinished.
       max_minutes: stop as a signal would, so long after the start of the command.
       profile: record the steps from the first of these numbers to the second for TensorBoard and Perfetto.
       capture: updates (from 0) of which everything is put into the folder steps, for pt-jax replay.
@@ -143,12 +144,13 @@ def check_options(meta: dict, options: Keeping) -> None:
 def finished(options) -> bool:
     """Whether --resume auto finds that the run has come to its end: its model is at --out, and nothing is left to do.
 
-    What a run that was killed in its very last moment has not put beside its model is put there.
+    With --overwrite too: that replaces another run's model, and this one is what the run would make again. What a run
+    that was killed in its very last moment has not put beside its model is put there.
 
     Raises:
-      ValueError: the model is of a run with other options, or of other data.
+      ValueError: the model is of a run with other options, or of other data, and is not to be replaced.
     """
-    if getattr(options, "resume", "never") != "auto" or options.overwrite:
+    if getattr(options, "resume", "never") != "auto":
         return False
     if (meta := runs.finished(options.out)) is None:
         return False
@@ -156,6 +158,8 @@ def finished(options) -> bool:
         check_options(meta, options)
         inputs.check(meta, options)
     except ValueError as e:
+        if options.overwrite:
+            return False
         raise ValueError(f"--out {options.out} has the model of another run; give another folder ({e})") from e
     if several.writes() and runs.left_open(options.out):
         runs.close(options.out)

@@ -63,6 +63,9 @@ def check(options: Optimizing) -> None:
     checks.between("--warmup", options.warmup, 0.0, 1.0)
     checks.between("--weight-decay", options.weight_decay, 0.0, math.inf)
     checks.positive("--clip", options.clip)  # infinity does not clip
+    patterns = [pattern for pattern, _ in options.rates]
+    if twice := [pattern for pattern in dict.fromkeys(patterns) if patterns.count(pattern) > 1]:
+        raise ValueError(f"--rates has {', '.join(twice)} more than once; give each pattern one factor")
     if options.no_decay and not options.weight_decay:
         raise ValueError(f"--no-decay {' '.join(options.no_decay)} is of --weight-decay, which is 0")
     if options.moments != "float32" and options.optimizer == "sgd":

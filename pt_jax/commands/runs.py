@@ -21,6 +21,7 @@ from pt_jax.training import checkpoints
 TRAINING = ("sft", "dpo", "grpo")
 LOGS = ("metrics.jsonl", "run.json")  # what a run writes into its folder beside the model
 TOKEN = "process_0"  # there while several processes find out whether all see this folder
+TORN = tuple(metrics.fresh(name).name for name in ("metrics.jsonl", "samples.jsonl"))  # of a run that was killed
 KEPT = ("checkpoints", "samples.jsonl", "tensorboard", "wandb", "profile", "steps", TOKEN)  # and what some runs write
 
 
@@ -42,12 +43,34 @@ def check_out(out, *, overwrite: bool, resume: str = "never", **inputs) -> None:
     path = pathlib.Path(out).resolve()
     if path.is_dir() and any(path.iterdir()) and not _is_a_model(path):
         raise ValueError(f"--out {out}: holds no model, so --overwrite does not replace it; give another folder")
-    folders.check_writable(unfinished(out), keep=(*LOGS, *(path.name for path in _kept(unfinished(out)))))
+    check_aside(out)
     if resume == "never" and not overwrite and checkpoints.complete(unfinished(out) / "checkpoints"):
         raise ValueError(
             f"--out {out}: {unfinished(out)} has checkpoints of a run that was stopped; give --resume auto to go on, "
             "or --overwrite to begin anew"
         )
+
+
+def check_aside(out) -> None:
+    """Fails unless a run of ``out`` may have its logs beside it: in a new folder, or in one that a run has left.
+
+    What else is in such a one stays where it is, and what the system puts down anywhere (.DS_Store, .nfs0001) makes no
+    folder another's.
+    """
+    folder, other = unfinished(out), _of_no_run(unfinished(out))
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there == {*other} and (seen := [name for name in other if not name.startswith(".")]):
+        raise ValueError(
+            f"--out {out}: its logs go into {folder}, which has no run's logs but {', '.join(seen)}; move that away, "
+            "or give another folder"
+        )
+    folders.check_writable(folder, keep=there)
+
+
+def _of_no_run(folder) -> list[str]:
+    """The names of what is in a run's folder and was not put there by a run."""
+    known = {*LOGS, *TORN, *(path.name for path in _kept(folder))}
+    return sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
 
 
 def check_place(out, **inputs) -> None:
@@ -113,6 +136,8 @@ def opened(folder, options, stages: dict, done: int | None = None, inputs: dict 
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in TORN:
+        (folder / name).unlink(missing_ok=True)
     if done is None:
         for path in (*(folder / name for name in LOGS), *_kept(folder)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -183,6 +208,8 @@ def stage(options, name: str, total: int, tracker=None, done: int | None = None,
             folder = unfinished(options.out)
             tracker = stack.enter_context(opened(folder, options, {name: 60.0}, done, inputs))
             logs = tuple(folder / log for log in LOGS)
+            if other := _of_no_run(folder):
+                tracker.warn(f"{folder} has {', '.join(other)}, which is of no run; it stays there")
         yield tracker, stack.enter_context(tracker.stage(name, total, done or 0)), logs
     if logs:
         close(options.out)

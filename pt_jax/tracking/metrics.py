@@ -73,15 +73,21 @@ def cut(path, step: int) -> None:
     path = pathlib.Path(path)
     if not path.is_file():
         return
-    kept, fresh = [], path.with_name(f".{path.name}.new")
+    kept, new = [], fresh(path)
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             whole = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             whole = False
         kept += [line + b"\n"] if whole else []
-    fresh.write_bytes(b"".join(kept))
-    fresh.replace(path)
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+
+
+def fresh(path) -> pathlib.Path:
+    """Where the lines that ``cut`` keeps are until they replace the file: there after a crash in between."""
+    path = pathlib.Path(path)
+    return path.with_name(f".{path.name}.new")
 
 
 def append(path, step: int, records) -> None:

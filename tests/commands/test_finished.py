@@ -45,6 +45,17 @@ def test_the_same_line_again_says_that_it_is_finished_and_does_nothing(finished,
     assert contents(at) == before
 
 
+def test_overwrite_replaces_the_model_of_another_run_and_not_that_of_the_same(finished, capsys, monkeypatch):
+    """Or a line that starts again whatever ends would train for ever."""
+    at, given = finished
+    before, ran = contents(at), []
+    monkeypatch.setattr(sft, "run", ran.append)
+    assert cli.main([*given, "--overwrite"]) == 0
+    assert "is finished already" in capsys.readouterr().out and not ran and contents(at) == before
+    assert cli.main([*given, "--overwrite", "--learning-rate", "3e-3"]) == 0
+    assert [options.learning_rate for options in ran] == [3e-3]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -93,6 +104,23 @@ def test_what_was_read_is_compared(finished, tmp_path, capsys, change):
     capsys.readouterr()
     assert cli.main(given) == 2
     assert f"({flag} {tmp_path}/copy/" in (said := capsys.readouterr().err) and "is not what the run was begun" in said
+
+
+def test_data_that_were_left_out_or_are_new_are_told(data):
+    less = sft.SFT(model="m", data=data["completion"], out="o")
+    more = sft.SFT(model="m", data=data["completion"], out="o", eval_data=data["held_out"])
+    noted = lambda options: {"inputs": {k: inputs.content(path) for k, path in options.reads().items() if k != "model"}}
+    for begun, now, said in (
+        (
+            less,
+            more,
+            "--eval-data .*held_out.jsonl: the run was begun without --eval-data; a run goes on with the same",
+        ),
+        (more, less, "no --eval-data: the run was begun with --eval-data; a run goes on with the same"),
+    ):
+        inputs.check(noted(now), now, ("data", "eval_data"))
+        with pytest.raises(ValueError, match=said):
+            inputs.check(noted(begun), now, ("data", "eval_data"))
 
 
 def test_a_large_tensor_is_looked_at_in_three_places(tmp_path, monkeypatch):

@@ -176,6 +176,7 @@ def test_a_damaged_one_is_passed_over_by_name(options, straight, stopped, tmp_pa
         ({"lora_rank": 2}, "--lora-rank was None .* is 2 now"),
         ({"packing": True}, "--packing was False .* is True now"),
         ({"data": "{other}/data.jsonl"}, r"--data \S+ is not what the run was begun with"),
+        ({"eval_data": "{other}/data.jsonl"}, r"--eval-data \S+: the run was begun without --eval-data; a run goes on"),
         ({"model": "{other}/wide"}, r"another state: params.embed is float32\[304,16\] there and float32\[304,24\]"),
         ({"model": "{other}/tiny"}, r"--model \S+ is not what the run was begun with"),
     ],

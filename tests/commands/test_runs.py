@@ -79,7 +79,7 @@ def test_nothing_is_replaced_unasked(project):
 def test_a_folder_that_only_looks_like_a_runs_logs_is_not_written_into(project):
     (project / "new.unfinished").mkdir()
     (project / "new.unfinished/thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"new.unfinished: exists and is not empty"):
+    with pytest.raises(ValueError, match=r"into \S+new.unfinished, which has no run's logs but thesis.tex; move that"):
         runs.check_out(project / "new", overwrite=True)
 
 
@@ -101,6 +101,30 @@ def test_a_run_that_ends_early_leaves_its_logs_aside_and_the_earlier_run_as_it_w
         on.step(1, {"loss": 3.0})
         assert [r["loss"] for r in metrics.read(logs[0])] == [3.0]
     assert not aside.exists()
+
+
+@pytest.mark.parametrize("done", [None, 0])
+def test_what_lies_about_beside_the_logs_keeps_no_run_from_starting_again(project, monkeypatch, done):
+    """A killed run's own leftover goes, what the system or somebody put there stays and is told."""
+    aside, out = project / "new.unfinished", project / "new"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(metrics.pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        aside.mkdir()
+        (aside / "samples.jsonl").write_text('{"step": 1}\n')
+        metrics.cut(aside / "samples.jsonl", 0)
+    (aside / "samples.jsonl").unlink()
+    (aside / ".metrics.jsonl.new").write_text("")
+    (aside / ".nfs0001").write_text("")
+    assert {p.name for p in aside.iterdir()} == {".metrics.jsonl.new", ".samples.jsonl.new", ".nfs0001"}
+    for overwrite in (False, True):
+        runs.check_out(out, overwrite=overwrite, resume="auto")
+    (aside / "metrics.jsonl").write_text("")
+    (aside / "notes").write_text("mine")
+    runs.check_out(out, overwrite=False, resume="auto")
+    with runs.stage(SFT(str(out)), "sft", 1, done=done) as (tracker, on, _):
+        on.step(1, {"loss": 1.0})
+    assert tracker.warnings == [f"{aside} has .nfs0001, notes, which is of no run; it stays there"]
+    assert contents(aside) == {".nfs0001": "", "notes": "mine"}
 
 
 def test_what_somebody_put_beside_the_logs_stays(project):
