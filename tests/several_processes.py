@@ -4,9 +4,12 @@ Usage: several_processes.py WHAT PORT PROCESSES PROCESS_ID [FOLDER]. Each has 8 
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import resource
+import signal
 import sys
 import time
 
@@ -126,6 +129,57 @@ def fault():
         time.sleep(0.05)
 
 
+def unwritten():
+    """Four checkpoints: process 1 cannot write its part of the first, nor process 0 the manifest of the second."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    whole = {"embed": np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)}
+    state = sharding.place(whole, sharding.by_name(whole, sharding.make_mesh(fsdp=8)))
+    told, write = [], checkpoints.manifests.write
+
+    def full(path):
+        if path.name == "2":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path)
+
+    checkpoints.manifests.write = full
+    with checkpoints.Checkpoints(folder / "saved", failed=told.append) as saved:
+        for number in (1, 2, 3, 4):
+            most = 100_000 if (me, number) == (1, 1) else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+            saved.save(number, state)
+            if number == 1:
+                saved.wait()
+    said(told=[sentence.partition(" was not written: ")[2].partition(";")[0] for sentence in told])
+    said(whole=checkpoints.complete(folder / "saved"), left=sorted(path.name for path in (folder / "saved").iterdir()))
+    try:
+        with checkpoints.Checkpoints(folder / "raised") as saved:
+            saved.save(2, state)
+    except OSError as e:
+        said(raised="process 0 of 2: No space left on device" in str(e))
+
+
+def midway():
+    """A checkpoint that process 1 does not even begin, while process 0 waits for it among its devices."""
+    state = sharding.place(np.ones(8, np.float32), sharding.rows(sharding.make_mesh(fsdp=8)))
+    checkpoints._COME = 2
+    if me == 1:
+        checkpoints._manager = lambda *_: (folder / "file" / "x").mkdir()
+        (folder / "file").write_text("")
+    with checkpoints.Checkpoints(folder / "saved", failed=lambda sentence: None) as saved:
+        saved.save(1, state)
+
+
+def diverge():
+    """An error of all, which process 0 alone has to write something about."""
+    try:
+        raise FloatingPointError("the loss of step 3 is nan")
+    except FloatingPointError:
+        if me == 0:
+            time.sleep(2 * HEARTBEAT)
+            (folder / "batch").write_text("whole")
+        raise
+
+
 def read():
     """A model folder, each weight to the devices that will hold it."""
     from functools import partial
@@ -166,10 +220,12 @@ def same():
 
 
 if __name__ == "__main__":
-    do = {"train": train, "fault": fault, "same": same, "begin": begin, "go_on": go_on, "read": read}[what]
+    every = (train, fault, same, begin, go_on, read, unwritten, midway, diverge)
+    do = next(do for do in every if do.__name__ == what)
     if count == 1:
         do()
     else:
         # where nobody is to fail, a machine that is busy with other things for a while is no reason to
-        with distributed.joined(f"localhost:{port}", count, me, **{"heartbeat": HEARTBEAT} if what == "fault" else {}):
+        soon = {"heartbeat": HEARTBEAT} if what in ("fault", "midway", "diverge") else {}
+        with distributed.joined(f"localhost:{port}", count, me, **soon):
             do()

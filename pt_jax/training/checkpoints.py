@@ -5,9 +5,11 @@ what the arrays are, whatever the caller adds) and, last of all, ``MANIFEST.json
 checkpoint is complete when that is there; anything else is what a killed run or a broken copy left.
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import threading
@@ -18,11 +20,13 @@ import jax
 import numpy as np
 
 from pt_jax import checks, folders
-from pt_jax.training import manifests, specs
+from pt_jax.training import distributed, manifests, specs
 
 FORMAT = 1  # of a checkpoint's folder; a change that this code could not read gets a new number
 META = "meta.json"
 _ARRAYS, _BEGUN = "default", "_CHECKPOINT_METADATA"  # Orbax's names
+# Seconds in which a checkpoint is written, and in which all hear that it was not
+_COMMITTED, _COME = 1200, 120
 _REMOVED, _DAMAGED = ".removed", ".damaged"  # of folders that are no checkpoint any more
 
 
@@ -35,7 +39,8 @@ class Checkpoints:
       every: those of steps that this number divides are kept as well.
       best: ``metrics -> number``, larger is better: the best one is kept as well.
       failed: called with a sentence when a checkpoint could not be written, and training goes on; None raises it as
-        OSError. The failure of a save that went on in the background is told at the next ``save``, ``poll`` or exit.
+        OSError. The failure of a save that went on in the background is told at the next ``save``, ``poll`` or exit; of
+        several processes, to all of them, and not by ``poll``, to which they do not come together.
       warn: called with a sentence of each thing in the folder that is no whole checkpoint.
 
     Raises:
@@ -47,7 +52,7 @@ class Checkpoints:
         checks.positive("every", 1 if every is None else every)
         self.folder = pathlib.Path(folder).resolve()
         self.keep, self.every, self.best, self.failed, self.warn = keep, every, best, failed, warn
-        self._manager, self._thread, self._trouble, self._damaged = None, None, None, set()
+        self._manager, self._together, self._thread, self._trouble, self._damaged = None, None, None, None, set()
 
     def __enter__(self):
         folders.check_writable(self.folder / "probe")
@@ -134,18 +139,21 @@ class Checkpoints:
         if self.best is not None:
             self.best(about["metrics"])  # fails here and not in the background
         try:
-            self._manager = self._manager or _manager(self.folder)
+            if self._manager is None:
+                self._together = _Together()
+                self._manager = _manager(self.folder, self._together)
             if not self._manager.save(step, args=ocp.args.PyTreeSave(leaves), force=True):
                 raise OSError("Orbax refused to save it")
         except Exception as e:
-            return self._tell(step, size, e)
+            self._complete(step, about, size, e)
+            return self.wait()
         self._thread = threading.Thread(target=self._complete, args=(step, about, size))
         self._thread.start()
         return self.wait() if wait else None
 
     def poll(self) -> None:
         """Tells of a save that has failed meanwhile; it does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if jax.process_count() == 1 and self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
@@ -157,29 +165,39 @@ class Checkpoints:
             trouble, self._trouble = self._trouble, None
             self._tell(*trouble)
 
-    def _complete(self, step, about, size):
-        """In a thread of its own: once Orbax has committed, notes and checksums; then old ones go."""
+    def _complete(self, step, about, size, error=None):
+        """In a thread of its own: once Orbax has committed, notes and checksums; then old ones go.
+
+        All processes come here, whether they have written their part or not (``error``), and leave with one outcome.
+        """
         path = self.folder / str(step)
         try:
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if error is None:
+                self._manager.wait_until_finished()
+        except BaseException as e:
+            error = e
+        reason = self._together.outcome(path, error)
+        try:
+            if not reason and jax.process_index() == 0:
                 (path / META).write_text(json.dumps(about, indent=1))
                 manifests.write(path)
                 self._drop()
         except BaseException as e:
-            self._trouble = step, size, e
+            error = e
+        if reason := reason or self._together.outcome(path, error):
+            self._trouble = step, size, reason, error
 
-    def _tell(self, step, size, error):
+    def _tell(self, step, size, reason, error):
         """Of a checkpoint that was not written: what it left is removed, so that there is room for the next."""
         path = self.folder / str(step)
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-        if not _is_complete(path):
+        if jax.process_index() == 0 and not _is_complete(path):  # all have agreed that it is nobody's
             for left in (path, *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
                 shutil.rmtree(left, ignore_errors=True)
         self._close()  # Orbax would tell it again
-        said = f"checkpoint {path} was not written: {_reason(error)}; it takes {size:,} bytes and {free:,} were free"
+        said = f"checkpoint {path} was not written: {reason}; it takes {size:,} bytes and {free:,} were free"
         if self.failed is None:
-            raise OSError(said) from error
+            raise distributed.shared(OSError(said)) from error
         self.failed(said)
 
     def _drop(self):
@@ -206,6 +224,54 @@ class Checkpoints:
                 manager.close()
             except Exception as e:  # of a save that has failed, which was told
                 logging.getLogger(__name__).debug("closing the manager: %s", e)
+
+
+class _Apart(Exception):
+    """Another process is not where this one is: it has failed, and its outcome says how."""
+
+
+class _Together:
+    """Where the processes that write a checkpoint wait for each other, and hear when one of them has failed.
+
+    Orbax's own barriers know nothing of a process that does not come because it could not write: the others would wait
+    for as long as writing may take. Here each says where it is. Who hears that another is elsewhere fails, there and
+    at all barriers after it, and so comes to the outcome too.
+    """
+
+    def __init__(self):
+        self.apart = False
+
+    def barrier(self, *, key, timeout_ms):
+        """Orbax's ``barrier_sync_fn``."""
+        if self.apart:
+            raise _Apart(key)
+        self.apart = True  # when the next line fails, too
+        self.apart = {*distributed.everybodys(key, of="saves", seconds=timeout_ms / 1000)} != {key}
+        if self.apart:
+            raise _Apart(key)
+
+    def outcome(self, path, error) -> str:
+        """Why the checkpoint is none, the same for all; empty when all have done their part."""
+        self.apart |= error is not None
+        while isinstance(error, _Apart):
+            error = error.__context__  # what this process failed of before it met nobody
+        mine = {"outcome": "" if error is None else _reason(error), "whole": not self.apart}
+        said = [{}]
+        try:
+            while not all("outcome" in one for one in said):  # a second time when some were at a barrier
+                soon = {} if mine["whole"] else {"seconds": _COME}
+                everyones = distributed.everybodys(json.dumps(mine), of="saves", **soon)
+                said = [json.loads(one) if one.startswith("{") else {} for one in everyones]
+        except (jax.errors.JaxRuntimeError, KeyError) as e:  # KeyError: after a barrier that took too long
+            why = mine["outcome"] or f"the others did not come ({_reason(e)})"
+            distributed.give_up(f"checkpoint {path} was not written, and not all processes know it: {why}", 2)
+            return why
+        if all(one["whole"] for one in said):
+            return ""
+        failed = [(i, one["outcome"]) for i, one in enumerate(said) if one["outcome"]]
+        if len(said) == 1:
+            return failed[0][1]
+        return "; ".join(f"process {i} of {len(said)}: {why}" for i, why in failed[:1]) or "the processes came apart"
 
 
 def complete(folder, warn=lambda sentence: None) -> list[int]:
@@ -290,12 +356,13 @@ def _array(x):
     return x if hasattr(x, "dtype") else np.asarray(x)
 
 
-def _manager(folder):
+def _manager(folder, together):
     import orbax.checkpoint as ocp
-    from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+    from orbax.checkpoint.options import AsyncOptions, AtomicityMode, AtomicityOptions
 
     how = ocp.CheckpointManagerOptions(
         max_to_keep=None, enable_async_checkpointing=True,
+        async_options=AsyncOptions(timeout_secs=_COMMITTED, barrier_sync_fn=together.barrier),
         atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
     )  # fmt: skip
     return ocp.CheckpointManager(folder, options=how)
@@ -326,7 +393,7 @@ def _reason(error) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    for known in ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied"):
-        if known in text:
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if (known := os.strerror(number)) in text:
             return known
     return f"{type(error).__name__}: {text:.200}"

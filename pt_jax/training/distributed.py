@@ -10,6 +10,7 @@ a sum, for minutes. So they tell each other, through the coordinator's store, an
 still there: a process that fails ends all, with a sentence that says which it was.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -30,10 +31,11 @@ from pt_jax.signals import Stopped
 # keeps Python from giving one.
 HEARTBEAT = 30.0
 _BEATS = 5  # signs of life in that time
+TO_END = 600.0  # seconds for all to come to an end that they share
 _FAILED, _ALIVE, _DONE = "pt_jax/failed/", "pt_jax/alive/", "done"
 
 _watch = None
-_turns = itertools.count()
+_turns = collections.defaultdict(itertools.count)
 
 
 def _client():
@@ -81,11 +83,20 @@ def start(coordinator=None, processes=None, process_id=None, *, heartbeat=HEARTB
     _watch = _Watch(heartbeat)
 
 
-def stop() -> None:
-    """The end of a process that has done its part; waits for the others, however long they take."""
+def stop(error=None) -> None:
+    """The end of a process that has done its part; waits for the others, however long they take.
+
+    Args:
+      error: that all are ending with; then they have ``TO_END`` seconds, in case one of them did not meet it.
+    """
     global _watch
     if _watch is not None:
-        everybodys("done")
+        try:
+            everybodys("done", seconds=3600 if error is None else TO_END)
+        except jax.errors.JaxRuntimeError:
+            if error is None:
+                raise
+            _watch.give_up(f"{error} (and the others have not come to this within {TO_END:g} seconds)", 1)
         _watch.end()
         _watch = None
         jax.distributed.shutdown()
@@ -95,17 +106,16 @@ def stop() -> None:
 def joined(coordinator=None, processes=None, process_id=None, **how):
     """``start`` and ``stop`` around a block; an exception in it ends this process and all others.
 
-    It is printed, the others say which process failed first, and all exit with 1. ``signals.Stopped`` and SystemExit go
-    their way: all processes have agreed on them.
+    It is printed, the others say which process failed first, and all exit with 1. What ``is_shared`` goes its way.
     """
     start(coordinator, processes, process_id, **how)
     try:
         yield
     except BaseException as e:
-        if not isinstance(e, SystemExit | Stopped):
+        if not is_shared(e):
             traceback.print_exc()
             give_up(e)
-        stop()
+        stop(e)
         raise
     stop()
 
@@ -113,11 +123,26 @@ def joined(coordinator=None, processes=None, process_id=None, **how):
 def give_up(error, code: int = 1) -> None:
     """Ends this process with ``code`` and all others with 1, where there are several; else does nothing.
 
+    Where all have the same error it waits for them, and gives back: one may still be writing what there is.
+
     Args:
       error: the exception, or a sentence, that the others are to say.
     """
-    if _watch is not None:
+    if is_shared(error):
+        stop(error)
+    elif _watch is not None:
         _watch.give_up(error, code)
+
+
+def shared(error):
+    """The error, marked as one that all processes raise at the same place."""
+    error.is_shared = True
+    return error
+
+
+def is_shared(error) -> bool:
+    """Whether all processes raise it: they have agreed on it, or it is of numbers that all of them have."""
+    return isinstance(error, SystemExit | Stopped | FloatingPointError) or getattr(error, "is_shared", False)
 
 
 class _Watch:
@@ -181,18 +206,27 @@ def _exit(sentence, code=1):
 # ---- agreeing
 
 
-def everybodys(value: str) -> list[str]:
-    """What each process says, in their order; all call it, the same number of times."""
+def everybodys(value: str, *, of: str = "turn", seconds: float = 3600) -> list[str]:
+    """What each process says, in their order; all call it, the same number of times.
+
+    Args:
+      value: what this one says.
+      of: name of what they speak of; what threads say of different things may cross.
+      seconds: to wait for all; the watch ends it sooner if somebody is gone.
+
+    Raises:
+      jax.errors.JaxRuntimeError: not all have come.
+    """
     if jax.process_count() == 1:
         return [value]
-    client, me, number = _client(), jax.process_index(), next(_turns)
-    of = lambda number: f"pt_jax/turn/{number}/"
-    client.key_value_set(f"{of(number)}{me}", value)
-    client.wait_at_barrier("pt_jax/turn", 1000 * 3600)  # the watch ends it if somebody never comes
-    said = dict(client.key_value_dir_get(of(number)))
+    client, me, number = _client(), jax.process_index(), next(_turns[of])
+    turn = lambda number: f"pt_jax/{of}/{number}/"
+    client.key_value_set(f"{turn(number)}{me}", value)
+    client.wait_at_barrier(f"pt_jax/{of}", max(1, round(1000 * seconds)))
+    said = dict(client.key_value_dir_get(turn(number)))
     if number:  # all have come to this turn, so all have read the one before
-        client.key_value_delete(f"{of(number - 1)}{me}")
-    return [said[f"{of(number)}{i}"] for i in range(jax.process_count())]
+        client.key_value_delete(f"{turn(number - 1)}{me}")
+    return [said[f"{turn(number)}{i}"] for i in range(jax.process_count())]
 
 
 def same(**values) -> None:
@@ -211,9 +245,8 @@ def same(**values) -> None:
         for i, said in enumerate(everyones):
             first, other = (x.get(name, "nothing") for x in (everyones[0], said))
             if other != first:
-                raise ValueError(
-                    f"{name} is {first:.200} on process 0 and {other:.200} on process {i}; start all with the same"
-                )
+                said = f"{first:.200} on process 0 and {other:.200} on process {i}"
+                raise shared(ValueError(f"{name} is {said}; start all with the same"))
 
 
 def _entries(values, prefix=""):

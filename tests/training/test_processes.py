@@ -70,6 +70,34 @@ def test_processes_that_begin_differently_are_told_what_differs(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_checkpoint_that_one_process_cannot_write_is_told_by_all_and_the_next_are_whole(tmp_path):
+    """Neither waits for the other, whether its part of the arrays or the manifest is missing."""
+    first, second = run("unwritten", 2, tmp_path)
+    assert first == second == [
+        {"told": ["process 1 of 2: File too large", "process 0 of 2: No space left on device"]},
+        {"whole": [3, 4], "left": ["3", "4"]},
+        {"raised": True},
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_one_process_does_not_begin_ends_all(tmp_path):
+    """Orbax waits for it among the devices, and cannot be told."""
+    codes = ended(start("midway", 2, tmp_path))
+    first, second = outputs("midway", 2, tmp_path)
+    assert codes == [1, 2], (first, second)
+    said = f"checkpoint {tmp_path / 'saved' / '1'} was not written, and not all processes know it: Not a directory"
+    assert f"process 1 of 2 failed first, and all end: {said}" in first and said in second
+
+
+def test_an_error_that_all_share_waits_for_what_one_has_to_write(tmp_path):
+    codes = ended(start("diverge", 2, tmp_path))
+    texts = outputs("diverge", 2, tmp_path)
+    assert (tmp_path / "batch").read_text() == "whole"
+    assert codes == [1, 1]
+    for text in texts:
+        assert "FloatingPointError: the loss of step 3 is nan" in text and "failed first" not in text
+
+
 @pytest.mark.slow
 def test_each_process_reads_the_weights_that_its_devices_will_hold(tmp_path):
     """All of it, where each holds all; on the mesh of 8, of the tensors that are split, half."""
