@@ -3,8 +3,10 @@
 import contextlib
 import math
 import shutil
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pt_jax import checks, folders, signals
@@ -42,7 +44,7 @@ class Fit:
         self._check()
         self.done, self.saved, self.tracker = 0, None, None  # see ``stage``
         self.evaluations: evaluating.Evaluations | None = None  # see ``evaluate``
-        self.how, self.frozen = adapters.of(options), None
+        self.how, self.frozen, self.before = adapters.of(options), None, None  # see ``reference``
         key, trained = jax.random.key(options.seed), model.give()
         if self.how is not None:
             base = sharding.place(trained, sharding.by_name(trained, self.mesh))
@@ -108,7 +110,10 @@ class Fit:
 
     def reference(self):
         """The model before training, which stays: with adapters their base, else a copy."""
-        return jax.tree.map(lambda x: x.copy(), self.state.params) if self.how is None else self.frozen[0]
+        if self.how is not None:
+            return self.frozen[0]
+        self.before = jax.tree.map(lambda x: x.copy(), self.state.params)
+        return self.before
 
     def place(self, batch):
         """A batch with its rows and tokens split over the mesh."""
@@ -198,24 +203,30 @@ class Fit:
           step: ``(state, frozen, batch) -> (state, metrics)``; the train step when None.
           bad_batch: step number -> the arrays that it trained on; ``batch_of_step`` when None.
         """
-        options, batch_of, evaluations = self.options, batch_of_step, self.evaluations
+        options, batch_of, evaluations, callbacks = self.options, batch_of_step, self.evaluations, []
         if evaluations is not None and self.done and evaluations.over():
             return  # it was killed before its model was there
         if self.saved is not None and self.done < self.steps:
-            self.tracker.print(held(self.state, None if self.how is None else self.frozen[0]))
-        if evaluations is not None and self.done == 0:
-            on.step(0, {name: float(x) for name, x in jax.device_get(evaluations(self.state)).items()})
+            self.tracker.print(held(self.state, None if self.how is None else self.frozen[0], self.before))
         if step is None:
             batch_of = lambda i: self.place(batch_of_step(i))
-            if self.done < self.steps:
-                self.compile(batch_of(self.done))
+            if options.keep_best is not None and self.done < self.steps:
+                keeping.check_metric(options, self._names(batch_of(self.done)))
+        elif options.keep_best is not None:  # what a step of a command's own says is known once there was one
+            own = [] if evaluations is None else [evaluations.metric]
+            callbacks.append(lambda _step, _state, metrics: keeping.check_metric(options, [*metrics, *own]))
+        if evaluations is not None:
+            callbacks.append(evaluations.after)
+            if self.done == 0:
+                on.step(0, {name: float(x) for name, x in jax.device_get(evaluations(self.state)).items()})
+        if step is None and self.done < self.steps:
+            self.compile(batch_of(self.done))
         with self._profiled() as profile:
             try:
                 self.state = loop.fit(
                     self.state, step or self.train_step, batch_of, steps=self.steps, start=self.done,
                     on_metrics=on.step, log_every=options.log_every, frozen=self.frozen,
-                    callbacks=(*(() if evaluations is None else (evaluations.after,)), *profile),
-                    bad_steps=options.bad_steps,
+                    callbacks=(*callbacks, *profile), bad_steps=options.bad_steps,
                     **({} if self.saved is None else self._kept()),
                 )  # fmt: skip
             except FloatingPointError as e:
@@ -231,6 +242,13 @@ class Fit:
             metrics.append(runs.unfinished(self.options.out) / "samples.jsonl", step, samples)
         except OSError as e:
             self.tracker.warn(f"the samples of step {step} were not written: {e.strerror}")
+
+    def _names(self, batch) -> list[str]:
+        """Of the metrics of the train step for batches like this one, and of its evaluations, before it is compiled."""
+        _, metrics = self.train_step.lower(self.state, self.frozen, batch).out_info
+        names = [name for name, x in metrics.items() if not x.shape]
+        of_loss = [name for name in names if name not in ("grad_norm", "skipped")]
+        return names + [evaluating.PREFIX + name for name in of_loss if self.evaluations is not None]
 
     def compile(self, batch) -> None:
         """Compiles the train step for batches like this one, and prints what it took and takes."""
@@ -253,7 +271,6 @@ class Fit:
         """What ``loop.fit`` is given to save and to stop."""
 
         def save(step, state, values):
-            keeping.check_metric(self.options, step, values)
             known = [] if self.evaluations is None else [*self.evaluations.history]
             self.saved.save(step, state, metrics=values, meta=self.noted | {"evaluations": known})
 
@@ -262,33 +279,45 @@ class Fit:
 
     def save(self, logs=()) -> None:
         """The trained model as a folder, with copies of these files beside it; fails when it is not a number."""
-        trained, model = distributed.fetched(self._written(self.state)), self.model
-        base = None if self.how is None else distributed.fetched(self.frozen[0])
-        for path, x in jax.tree_util.tree_leaves_with_path(trained):
-            if not np.isfinite(x).all():
+        trained = self._written(self.state)
+        for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(trained))):
+            if not finite:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise FloatingPointError(
                     f"{name} is not finite, so nothing is saved; a lower learning rate usually helps"
                 )
-        if not several.writes():
-            return
-        with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
-            adapters.write(folder, self.options, model, trained, base)
-            for log in logs:
-                shutil.copy2(log, folder)
-            if logs:
-                runs.draw(folder)
+        if self.how is not None and self.options.fold:
+            fold = partial(adapters.folded, self.options)
+            layout = sharding.by_name(jax.eval_shape(fold, trained, self.frozen[0]), self.mesh)
+            trained = jax.jit(fold, out_shardings=layout)(trained, self.frozen[0])
+
+        def write(trained):
+            with folders.appear_whole(self.options.out, overwrite=self.options.overwrite) as folder:
+                adapters.write(folder, self.options, self.model, trained)
+                for log in logs:
+                    shutil.copy2(log, folder)
+                if logs:
+                    runs.draw(folder)
+
+        distributed.written(write, trained)
 
 
-def held(state, base=None):
+@jax.jit
+def _finite(tree):
+    """Of every array, whether all its numbers are finite; nothing else of it leaves the devices."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def held(state, base=None, before=None):
     """What lives where, part by part, as a table for the terminal: bytes of all, and on each device.
 
     Args:
       state: of a run, on its devices.
       base: the weights beneath adapters, or None.
+      before: a copy of the weights before training, which stays as a reference, or None.
     """
     parts = {"trained": state.params, "frozen": base, "moments": state.opt_state, "averages": state.averages}
-    parts |= {"reference": state.reference}
+    parts |= {"reference": (state.reference, before)}
     arrays = {name: [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")] for name, tree in parts.items()}
     size = lambda x, shape: math.prod(shape) * x.dtype.itemsize
     rows = [

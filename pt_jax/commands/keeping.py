@@ -89,13 +89,10 @@ def best_of(name: str):
     return lambda metrics: -math.inf if math.isnan(value := metrics.get(name, math.nan)) else sign * value
 
 
-def check_metric(options: Keeping, step: int, metrics: dict) -> None:
-    """Fails when the metric of --keep-best is not there at a step that is saved by plan; a signal may come at any."""
-    name = options.keep_best
-    if name is not None and name not in metrics and options.checkpoint_every and step % options.checkpoint_every == 0:
-        raise ValueError(
-            f"--keep-best {name}: step {step}, which is saved, has no such metric, but {', '.join(metrics)}"
-        )
+def check_metric(options: Keeping, names) -> None:
+    """Fails when the metric of --keep-best is none of those that a run has by the names."""
+    if (name := options.keep_best) is not None and name not in names:
+        raise ValueError(f"--keep-best {name}: the run has no such metric, but {', '.join(names)}")
 
 
 def step_to_resume(options: Keeping, saved: checkpoints.Checkpoints) -> int | None:

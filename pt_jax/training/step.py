@@ -79,7 +79,7 @@ def _beside(params, state):
 
     After a step all are, and a step of a state that is bound in part would be compiled a second time.
     """
-    bound = lambda x: isinstance(x, jax.core.Tracer) or x.committed
+    bound = lambda x: isinstance(x, jax.core.Tracer) or getattr(x, "committed", False)  # a plain number is not
     where = [x.sharding for x in jax.tree.leaves(params) if not isinstance(x, jax.core.Tracer) and x.committed]
     if not where:
         return state

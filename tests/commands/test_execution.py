@@ -106,6 +106,27 @@ def test_with_fsdp_no_device_holds_the_whole_model_or_its_moments(folder, data):
         assert table[name] == [f"{size:,}" for size in sizes] and sizes[1] < sizes[0] / 6
 
 
+@pytest.mark.parametrize(("more", "names"), [
+    ({}, {"trained", "moments"}),
+    ({"kl": 0.1}, {"trained", "moments", "reference"}),
+    ({"kl": 0.1, "lora_rank": 2}, {"trained", "moments", "frozen"}),  # of which the reference is a part
+])  # fmt: skip
+def test_the_reference_of_a_penalty_is_told_with_what_is_held(folder, data, tmp_path, monkeypatch, more, names):
+    held, tables_of = fitting.held, []
+
+    def told(*given):
+        tables_of.append(tables.text(held(*given)))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fitting, "held", told)
+    options = {"model": str(folder), "data": data["question"], "out": str(tmp_path / "out"), "max_new_tokens": 4}
+    with pytest.raises(ZeroDivisionError):
+        grpo.run(grpo.GRPO(**options | BASE | more))
+    table = {line.split()[0]: line.split()[1:] for line in tables_of[0].splitlines() if line}
+    assert names == table.keys() & {"trained", "frozen", "moments", "averages", "reference"}
+    assert table.get("reference", table["trained"]) == table["trained"]
+
+
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_what_was_read_is_not_held_beside_what_is_trained(folder, data, tmp_path, monkeypatch, lora_rank):
     options = sft.SFT(

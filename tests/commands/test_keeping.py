@@ -9,7 +9,7 @@ import pytest
 from run_folders import state_of
 
 from pt_jax import signals
-from pt_jax.commands import keeping, sft
+from pt_jax.commands import fitting, grpo, keeping, sft
 from pt_jax.recipes import sft as recipe
 from pt_jax.tracking import metrics, sinks
 from pt_jax.training import checkpoints, loop
@@ -31,8 +31,30 @@ def test_checkpoints_that_are_kept(options, tmp_path):
     of = {r["step"]: r["grad_norm"] for r in metrics.read(tmp_path / "out/metrics.jsonl") if r["step"] % 2 == 0}
     kept = checkpoints.complete(tmp_path / "out/checkpoints")
     assert set(kept) == {4, 8, 12, max(of, key=of.get)}
-    with pytest.raises(ValueError, match=r"--keep-best los: step 3, which is saved, has no such metric, but .*loss"):
-        sft.run(options(tmp_path / "new", keep_best="los"))
+
+
+@pytest.mark.parametrize("metric", ["los", "eval_los"])
+def test_a_metric_that_the_run_does_not_have_is_told_before_anything_is_compiled(
+    options, data, tmp_path, monkeypatch, metric
+):
+    monkeypatch.setattr(fitting.Fit, "compile", lambda *_: pytest.fail("it compiles"))
+    evaluated = {"eval_data": data["completion"], "eval_every": 3} if metric.startswith("eval") else {}
+    names = "entropy, grad_norm, loss, mean_token_accuracy, num_tokens, skipped"
+    names += ", eval_entropy, eval_loss, eval_mean_token_accuracy, eval_num_tokens" if evaluated else ""
+    with pytest.raises(ValueError, match=f"--keep-best {metric}: the run has no such metric, but {names}$"):
+        sft.run(options(tmp_path / "new", keep_best=metric, **evaluated))
+    assert metrics.read(tmp_path / "new.unfinished/metrics.jsonl") == []
+
+
+def test_a_metric_that_a_rollout_does_not_have_is_told_after_the_first(folder, data, tmp_path):
+    given = {"model": str(folder), "data": data["question"], "steps": 3, "batch_size": 8, "group": 2}
+    given |= {"max_new_tokens": 2, "checkpoint_every": 2, "eval_every": 2, "eval_data": data["held_out"]}
+    with pytest.raises(
+        ValueError, match=r"--keep-best rewards: the run has no such metric, but .*, reward, .*, eval_re"
+    ):
+        grpo.run(grpo.GRPO(**given, out=str(tmp_path / "out"), keep_best="rewards"))
+    assert [r["step"] for r in metrics.read(tmp_path / "out.unfinished/metrics.jsonl")] == [0]
+    keeping.check_metric(keeping.Keeping(keep_best="reward"), ("loss", "reward"))
 
 
 def test_time_that_is_over_stops_as_a_signal_does(options, tmp_path):
@@ -161,10 +183,6 @@ def test_the_best_is_the_lowest_loss_or_the_highest_of_what_was_measured():
     steps = {1: {"eval_loss": 2.0}, 2: {"eval_loss": 1.0, "reward": 1.0}, 3: {"reward": 2.0}, 4: {"reward": np.nan}}
     best = lambda name: max(steps, key=lambda step: keeping.best_of(name)(steps[step]))
     assert (best("eval_loss"), best("reward")) == (2, 3)
-    options = keeping.Keeping(keep_best="reward", checkpoint_every=2)
-    keeping.check_metric(options, 3, {"loss": 1.0})
-    with pytest.raises(ValueError, match="--keep-best reward: step 4, which is saved, has no such metric, but loss"):
-        keeping.check_metric(options, 4, {"loss": 1.0})
 
 
 def test_the_options_of_keeping_are_all_looked_at():

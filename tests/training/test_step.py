@@ -250,13 +250,15 @@ def test_a_step_is_compiled_once_wherever_the_parameters_were_put(where, caplog)
         "on a device": lambda x: jax.device_put(x, jax.devices()[3]),
         "on a mesh": lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
     }
-    adam = optax.adam(0.1)
+    counting = optax.GradientTransformation(lambda params: {"n": 0}, lambda up, state, _: (up, {"n": state["n"] + 1}))
+    adam = optax.chain(optax.adam(0.1), counting)  # which begins with a number of Python
     state = init_state(places[where](linear_state().params), adam, jax.random.key(0), extra={"beta": 0.1})
     step = make_train_step(linear, adam)
     with jax.log_compiles():
         for _ in range(3):
             state, _ = step(state, np.float32(0), linear_batch())
     assert len([r for r in caplog.messages if "Finished XLA compilation of jit(train_step)" in r]) == 1
+    assert state.opt_state[1]["n"] == 3
 
 
 def noise(microbatches, steps=3, seed=0):
