@@ -6,6 +6,7 @@
     count      [B] int32, tokens seen so far: the position of the next
     end        int32, columns written so far; the next one is written to column end mod S
     room       [N, 0]: no numbers, but a first axis: how many tokens the cache is for, whatever S is now
+    longest    [N, 0]: in the same way, the most tokens of a text; of a model that has learned its positions
     routes     [M, B, S, K] int32, which experts the M layers that have them chose; of a model with experts
     near       k, v and position of the layers that see a window alone, in R columns: a ring of the last tokens; and
                slack [n, 0], how many columns may be forgotten
@@ -75,6 +76,8 @@ def init_cache(
         ring = min(length, max(config.windows) + slack)
         cache["near"] = of(near, ring) | {"position": jnp.full((rows, ring), -1, jnp.int32)}
         cache["near"]["slack"] = jnp.zeros((slack, 0))
+    if config.learned_positions:
+        cache["longest"] = jnp.zeros((config.max_length, 0))
     if config.experts:
         shape = (sum(config.has_experts), rows, length, config.experts_per_token)
         cache["routes"] = jnp.zeros(shape, jnp.int32)
@@ -290,7 +293,11 @@ def check_forgetting(cache, columns: int, name: str) -> None:
       columns: how many.
       name: of what asks for it.
     """
-    slack = len(cache["near"]["slack"]) if isinstance(cache, dict) and "near" in cache else columns
+    if not (isinstance(cache, dict) and {"end", "position", "count"} <= set(cache)):
+        raise ValueError(
+            f"{name}={columns} for a cache that is none of models.init_cache: give forget, a function of it"
+        )
+    slack = len(cache["near"]["slack"]) if "near" in cache else columns
     if columns > slack:
         raise ValueError(f"{name}={columns} for a cache whose rings forget {slack} at most; give init_cache more slack")
 

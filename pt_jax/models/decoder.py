@@ -367,6 +367,4 @@ def bind(config: Config, how: Execution = DEFAULT) -> Bound:
     """``apply`` and ``init_cache`` of a config. The same config gives the same objects, so nothing is traced twice."""
     dtype = jnp.dtype(how.cache_dtype or how.dtype or "float32")
     init_cache = functools.partial(caches.init_cache, config, dtype=dtype, by_layer=how.cache_by_layer)
-    if config.learned_positions:
-        init_cache.longest = config.max_length  # the sampler asks for it
     return Bound(functools.partial(apply, config, how=how), init_cache)

@@ -1,7 +1,7 @@
 """What a sampler is asked for, checked before anything is compiled; what is traced has no numbers yet, and passes."""
 
 from collections.abc import Hashable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ import numpy as np
 from pt_jax import checks
 from pt_jax.sampling.distribution import Sampling
 
+MOST = 2**31 - 1  # of int32
+
 
 def counts(**numbers):
     """Fails unless all are whole numbers above 0: they are part of the program."""
     for name, x in numbers.items():
-        if not _is_whole(x):
+        if not is_whole(x):
             raise ValueError(f"{name} must be a whole number above 0, got {x!r}")
         checks.positive(name, x)
 
@@ -30,7 +32,7 @@ def number(name, x):
 
 def check_alternatives(alternatives):
     """Fails unless it is how many of the likeliest tokens to return."""
-    if not _is_whole(alternatives):
+    if not is_whole(alternatives):
         raise ValueError(f"alternatives must be a whole number, how many of the likeliest tokens, got {alternatives!r}")
     checks.between("alternatives", alternatives, 0, np.inf)
 
@@ -46,7 +48,10 @@ def names(name, given) -> tuple[str, ...]:
     """Names in a tuple."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ValueError(f"{name} must be names in a tuple, such as ('routes',), got {given!r}")
-    return tuple(given)
+    given = tuple(given)
+    if not all(isinstance(x, str) for x in given):
+        raise ValueError(f"{name} must be names in a tuple, such as ('routes',), got {given!r}")
+    return given
 
 
 def key_of(key, rows):
@@ -109,7 +114,9 @@ def check_prompts(prompts, seen) -> int:
         kind = getattr(seen, "dtype", type(seen).__name__)
         raise ValueError(f"seen is of type {kind}; give bool, True for the tokens of the prompts")
     size = checks.shapes(prompts=(prompts, "P T"), seen=(seen, "P T"))
-    if (given := _known(seen)) is None:
+    if not size["P"]:
+        raise ValueError("prompts has no row; give one prompt at least")
+    if (given := known(seen)) is None:
         return size["P"]
     if given.shape[1] == 0:
         raise ValueError("prompts has no column: each prompt must have a token at least")
@@ -126,7 +133,7 @@ def limits_of(limits, rows, length):
     limits = _whole("limits", limits)
     if limits.shape != (rows,):
         raise ValueError(f"limits has shape {limits.shape}, expected [{rows}], one a row")
-    given = _known(limits)
+    given = known(limits)
     if given is not None and not ((given >= 1) & (given <= length)).all():
         raise ValueError(f"limits must be from 1 to length={length}, got {given.tolist()}")
     return jnp.asarray(limits, jnp.int32)
@@ -139,20 +146,23 @@ def forced_of(forced, rows, length):
     forced = _whole("forced", forced)
     if forced.shape != (rows, length):
         raise ValueError(f"forced has shape {forced.shape}, expected [{rows}, {length}], a token or -1 each")
+    given = known(forced)
+    if given is not None and given.min() < -1:
+        raise ValueError(f"forced has the id {given.min()}; give -1 where a token is to be drawn")
     return jnp.asarray(forced, jnp.int32).T
 
 
-def check(program, params, prompts, seen, *, how, end_tokens, limits=None, forced=None):
+def check(program, params, prompts, seen, *, how, end_tokens, pad_token, limits=None, forced=None):
     """Fails when an id is not in the vocabulary, a text is too long, or the stops contradict each other.
 
     Args:
       program: of ``decode.prepared``.
       params: of the model, which is traced once, to see how many tokens it knows.
-      prompts, seen, how, end_tokens, limits, forced: as ``sample``, and as they were given: what the host has, it need
-        not fetch.
+      prompts, seen, how, end_tokens, pad_token, limits, forced: as ``sample``, and as they were given: what the host
+        has, it need not fetch.
     """
-    limits = _known(program.length if limits is None else limits)
-    prompts, seen = _known(prompts), _known(seen)
+    limits = known(program.length if limits is None else limits)
+    prompts, seen = known(prompts), known(seen)
     ends = _ids(end_tokens if hasattr(end_tokens, "dtype") else tuple(end_tokens))
     if seen is not None and limits is not None:
         _check_longest(program, np.repeat(seen.sum(1), program.group), limits)
@@ -162,9 +172,13 @@ def check(program, params, prompts, seen, *, how, end_tokens, limits=None, force
         return
     vocab = vocabulary(program, params)
     held = None if how is None else _ids(how.end_tokens)
-    of_name = {"prompts": prompts[seen], "end_tokens": ends, "how.end_tokens": held, "forced": _known(forced)}
+    of_name = {
+        "prompts": prompts[seen], "end_tokens": ends, "how.end_tokens": held, "forced": known(forced),
+        "pad_token": _ids(pad_token),
+    }  # fmt: skip
     for name, ids in of_name.items():
-        if ids is not None and ids.size and (ids.max() >= vocab or (name == "prompts" and ids.min() < 0)):
+        below = name in ("prompts", "pad_token")  # of the others, a negative one never comes
+        if ids is not None and ids.size and (ids.max() >= vocab or (below and ids.min() < 0)):
             wrong = ids.max() if ids.max() >= vocab else ids.min()
             raise ValueError(f"{name} has the id {wrong}, but the model knows {vocab} tokens, 0 to {vocab - 1}")
     if program.alternatives > vocab:
@@ -172,7 +186,7 @@ def check(program, params, prompts, seen, *, how, end_tokens, limits=None, force
 
 
 def _check_longest(program, tokens, limits):
-    longest = getattr(program.init_cache, "longest", None)
+    longest = _longest(program.init_cache)
     if longest is None or (tokens + limits).max() <= longest:
         return
     row = int(np.argmax(tokens + limits))
@@ -185,9 +199,10 @@ def _check_longest(program, tokens, limits):
 
 def _check_stops(how, ends, limits):
     """Of what ``how`` holds back or forbids, and what ends a completion."""
-    least, held, allowed = _known(how.min_length), _ids(how.end_tokens), _known(how.allowed)
-    if least is not None and (least > limits).any():
-        raise ValueError(f"min_length={least.max()} is more than the {limits.min()} tokens that a row may have")
+    least, held, allowed = known(how.min_length), _ids(how.end_tokens), known(how.allowed)
+    if least is not None and (bad := np.flatnonzero(least > limits)).size:
+        least, limits = (np.atleast_1d(x) if np.ndim(x) else np.full(bad[0] + 1, x) for x in (least, limits))
+        raise ValueError(f"min_length={least[bad[0]]} is more than the {limits[bad[0]]} tokens that a row may have")
     if ends is None:
         return
     ends = ends[ends >= 0]
@@ -207,6 +222,13 @@ def _check_stops(how, ends, limits):
         raise ValueError("allowed permits end tokens alone, and min_length holds them back: no token may be drawn")
 
 
+@lru_cache(64)
+def _longest(init_cache) -> int | None:
+    """The most tokens of a text, as the cache says by its shape; None where there may be any number."""
+    cache = jax.eval_shape(partial(init_cache, 1, 1))
+    return len(cache["longest"]) if isinstance(cache, dict) and "longest" in cache else None
+
+
 def vocabulary(program, params) -> int:
     """How many tokens a model knows."""
     leaves, tree = jax.tree.flatten(params)
@@ -222,29 +244,38 @@ def _vocabulary(apply, init_cache, tree, leaves):
     return jax.eval_shape(lambda params, *x: apply(params, *x, init_cache(1, 1))[0], params, *column).shape[-1]
 
 
-def _known(x):
+def known(x):
     """An array of the host; None where there is none, or none yet, or a part of it is with another host."""
     hidden = lambda leaf: isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True)
     return None if x is None or any(map(hidden, jax.tree.leaves(x))) else np.asarray(x)
 
 
 def _whole(name, x):
-    """An array of whole numbers; fails for others, which would be rounded without a word."""
+    """An array of whole numbers of int32; fails for others, which would become such without a word."""
     x = x if hasattr(x, "dtype") else np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} is of type {x.dtype}; give int32")
+    given = known(x) if np.iinfo(x.dtype).max > MOST else None
+    if given is not None and (bad := given[~_is_int32(given)]).size:
+        raise ValueError(f"{name} has the number {bad[0]}, which is none of int32")
     return x
 
 
-def _is_whole(x) -> bool:
+def _is_int32(x):
+    return (x >= -MOST - 1) & (x <= MOST)
+
+
+def is_whole(x) -> bool:
+    """Whether it is one whole number of the host."""
     return isinstance(x, (int, np.signedinteger)) and not isinstance(x, bool)
 
 
 def _is_id(x) -> bool:
-    """Whether it is one whole number, which may be traced."""
-    return _is_whole(x) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer) and jnp.ndim(x) == 0)
+    """Whether it is one whole number of int32, which may be traced."""
+    whole = is_whole(x) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer) and jnp.ndim(x) == 0)
+    return whole and (isinstance(x, jax.core.Tracer) or bool(_is_int32(x)))
 
 
 def _ids(x):
-    given = _known(x)
+    given = known(x)
     return None if given is None else np.atleast_1d(given).astype(int)  # of no ids, too

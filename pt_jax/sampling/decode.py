@@ -116,8 +116,8 @@ def sample(
         sample 0 of a prompt whose id is 0 unless ``prompt_ids`` say otherwise.
       apply: ``(params, tokens, seen, cache) -> (logits, cache)``, such as ``partial(models.apply, config)``.
       init_cache: ``(rows, length) -> cache``, such as ``partial(models.init_cache, config)``. An axis that grows with
-        ``length`` holds one slot a token, filled from the front. Where it has an attribute ``longest``, a prompt and
-        its completion have no more tokens than that together: ``models.bind`` sets it where positions are learned.
+        ``length`` holds one slot a token, filled from the front. Where it has an entry "longest" [n, 0], a prompt and
+        its completion have no more than n tokens together, as where positions are learned.
       length: N, the most tokens to sample.
       end_tokens: ids that end a completion; the end token belongs to it. A negative id never comes.
       pad_token: id to fill up with; it may be an end token.
@@ -148,7 +148,10 @@ def sample(
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
         entropies=entropies, keep=keep, alternatives=alternatives, shared_prefix=shared_prefix,
     )  # fmt: skip
-    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
+    asked.check(
+        program, params, prompts, seen, how=how, end_tokens=end_tokens, pad_token=pad_token, limits=limits,
+        forced=forced,
+    )  # fmt: skip
     return _sample(program, params, prompts, seen, given)
 
 
@@ -359,12 +362,13 @@ def check_keep(program, columns):
     if not program.keep:
         return
     length, shared = columns + program.length, shares(program, columns - 1)
-    one, more = (jax.eval_shape(partial(program.init_cache, 1, length + n)) for n in (0, 1))
-    arrays = [name for name in one if hasattr(one[name], "shape")]
+    sizes = (1, length), (1, length + 1), (2, length)
+    one, *larger = (jax.eval_shape(partial(program.init_cache, *size)) for size in sizes)
+    arrays = [name for name in one if 0 not in getattr(one[name], "shape", (0,))]
     for name in program.keep:
         if name not in arrays:
             raise ValueError(f"keep names {name!r}, which is no array of the cache; those are {', '.join(arrays)}")
-        if shared and sum(more[name].shape) - sum(one[name].shape) != 1:
+        if shared and [sum(x[name].shape) - sum(one[name].shape) for x in larger] != [1, 1]:
             raise ValueError(f"keep names {name!r}, which has no slot for each token; give shared_prefix=False")
 
 

@@ -70,6 +70,9 @@ class Sampling:
                 raise ValueError(f"{name} must be {expected}, got {value}")
         if (self.min_length is None) != (self.end_tokens is None):
             raise ValueError("min_length holds end_tokens back: give both, or neither")
+        ends = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(self.end_tokens)]
+        if not all(jnp.issubdtype(x.dtype, np.integer) for x in ends):
+            raise ValueError(f"Sampling's end_tokens must be ids in a tuple, such as (2,), got {self.end_tokens!r}")
         kind = getattr(self.allowed, "dtype", object)
         if self.allowed is not None and (np.ndim(self.allowed) != 1 or not jnp.issubdtype(kind, np.bool_)):
             raise ValueError(f"allowed must be [V] bool, True for the tokens that may be drawn, got {self.allowed}")
@@ -89,7 +92,7 @@ class Sampling:
                 raise ValueError(f"{name} has shape {jnp.shape(x)}; give one number, or one for each of {rows} rows")
         return self.replace(
             **{
-                name: jnp.reshape(x, (rows, *(1,) * axes))
+                name: jnp.reshape(jnp.asarray(x), (rows, *(1,) * axes))
                 for name, x in numbers.items()
                 if x is not None and jnp.ndim(x)
             }

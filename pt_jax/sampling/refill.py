@@ -114,7 +114,10 @@ def sample_queue(
         prompts=-(-P // reads),
     )  # fmt: skip
     _check_keep(program, prompts.shape[1])
-    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
+    asked.check(
+        program, params, prompts, seen, how=how, end_tokens=end_tokens, pad_token=pad_token, limits=limits,
+        forced=forced,
+    )  # fmt: skip
     keys = row_keys(key, asked.ids_of(prompt_ids, P, key), group)
     more = lambda x: jnp.concatenate([x, x[:1]])
     given = _Given(

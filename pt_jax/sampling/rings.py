@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 
 def axes(init_cache):
-    """The axis of rows and the axis of columns of every array, each or None, as two trees of the cache's shape."""
-    one, rows, columns = (jax.eval_shape(partial(init_cache, *size)) for size in ((1, 1), (2, 1), (1, 2)))
+    """The axis of rows and the axis of columns of every array, each or -1, as two trees of the cache's shape."""
+    # a ring of one column has that one at any length but 0
+    one, rows, columns = (jax.eval_shape(partial(init_cache, *size)) for size in ((1, 1), (2, 1), (1, 0)))
 
     def axis(a, b):  # of an array without numbers none: there is nothing to move
         return next((i for i, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n and 0 not in a.shape), -1)

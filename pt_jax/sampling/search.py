@@ -10,7 +10,7 @@ import numpy as np
 from pt_jax import checks
 from pt_jax.sampling import asked, decode, penalties
 from pt_jax.sampling.decode import Completions
-from pt_jax.sampling.distribution import transform
+from pt_jax.sampling.distribution import NUMBERS, transform
 
 NEVER = -1e9  # added to what must not be chosen, as transformers does
 
@@ -37,9 +37,10 @@ def best_of(completions: Completions, scores) -> Completions:
     (P, G), rows = np.shape(scores), len(completions.tokens)
     if rows != P * G:
         raise ValueError(f"scores has shape {(P, G)}, expected [P, G] with P * G = {rows} rows of completions")
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    if not isinstance(scores, jax.core.Tracer) and (bad := np.flatnonzero(np.isneginf(scores).all(1))).size:
-        raise ValueError(f"prompt {bad[0]} has no score: all of its samples are NaN")
+    if not isinstance(scores, jax.core.Tracer) and (bad := np.flatnonzero(np.isnan(scores).all(1))).size:
+        raise ValueError(f"prompt {bad[0]} has no score: those of all its samples are NaN")
+    scores = jnp.asarray(scores, jnp.float32)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.maximum(scores, jnp.finfo(jnp.float32).min))
     best = jnp.arange(P) * G + jnp.argmax(scores, 1)
     return jax.tree.map(lambda x: jnp.asarray(x)[best], completions.replace(kept={}, timings=None))
 
@@ -86,19 +87,22 @@ def beam_search(
 
     Returns:
       ``Completions`` of P * K rows, those of a prompt from the best to the worst, with the log-probabilities that were
-      added up; and their scores [P, K].
+      added up; and their scores [P, K]. Where fewer than K completions are possible at all, the last rows have no
+      token, and a score of -1e9 or less.
 
     Raises:
-      ValueError: as ``sample``; the temperature is 0, or length_penalty is no number.
+      ValueError: as ``sample``; the temperature is 0, a number of ``how`` is one a row, or length_penalty is none.
     """
     asked.counts(beams=beams)
     program, given = decode.prepared(
         prompts, seen, jax.random.key(0), apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=beams, how=how, prompt_ids=None, limits=None, shared_prefix=shared_prefix,
     )  # fmt: skip
-    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens)
-    if np.ndim(given.how.temperature) == 0 and not isinstance(given.how.temperature, jax.core.Tracer):
-        checks.positive("temperature", given.how.temperature)  # at 0 all but one continuation are impossible
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, pad_token=pad_token)
+    for name in NUMBERS:
+        if (shape := np.shape(getattr(given.how, name))) != ():
+            raise ValueError(f"{name} has shape {shape}; beams have no row of their own, so give one number for all")
+    checks.positive("temperature", given.how.temperature)  # at 0 all but one continuation are impossible
     asked.number("length_penalty", length_penalty)
     return _search(program, params, prompts, seen, given, jnp.float32(length_penalty))
 

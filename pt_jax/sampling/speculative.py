@@ -99,7 +99,7 @@ def speculate(
         prompts, seen, key, apply=apply, init_cache=init_cache, length=length, end_tokens=end_tokens,
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, shared_prefix=shared_prefix,
     )  # fmt: skip
-    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits)
+    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, pad_token=pad_token, limits=limits)
     if draft is not None:
         mine, theirs = asked.vocabulary(program, params), asked.vocabulary(draft, draft.params)
         if mine != theirs:

@@ -49,11 +49,14 @@ def stream(
         pad_token=pad_token, group=group, how=how, prompt_ids=prompt_ids, limits=limits, forced=forced,
         entropies=entropies, keep=keep, alternatives=alternatives, shared_prefix=shared_prefix,
     )  # fmt: skip
-    checks.between("chunk", chunk, 1, decode.CHUNK + 1)
     asked.counts(chunk=chunk)
+    checks.between("chunk", chunk, 1, decode.CHUNK + 1)
     if until is not None and not callable(until):
         raise ValueError(f"until must be a function of a row's tokens, such as text.stop_at gives, got {until!r}")
-    asked.check(program, params, prompts, seen, how=how, end_tokens=end_tokens, limits=limits, forced=forced)
+    asked.check(
+        program, params, prompts, seen, how=how, end_tokens=end_tokens, pad_token=pad_token, limits=limits,
+        forced=forced,
+    )  # fmt: skip
     decode.check_keep(program, np.shape(prompts)[1])
     return _chunks(program, given, params, prompts, seen, until, min(chunk, length))
 
@@ -124,6 +127,8 @@ def _stop(until, texts, new, stopped):
         said, before = texts[row], len(texts[row])
         said.extend(new["tokens"][row, new["alive"][row]].tolist())
         count = until(said, before)
+        if count is not None and not asked.is_whole(count):
+            raise ValueError(f"until must return how many tokens are the completion, or None, got {count!r}")
         if count is not None:
             new["alive"][row, max(count - before, 0) :] = False
             stopped[row] = True

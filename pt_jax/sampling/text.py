@@ -5,6 +5,7 @@ completes it, since these were sampled and have log-probabilities. It is looked 
 tokens, so it may begin and end within tokens, and characters of several bytes may be spread over several.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -15,7 +16,9 @@ from pt_jax.sampling import asked
 
 MARGIN = 8  # characters and tokens: what may read otherwise where a text is cut off before
 WINDOW = 32  # tokens of a row that are decoded again when there are new ones, before the first half is left out
-CLEANED = 3  # characters behind a space that a tokenizer which cleans up waits for: it takes the space off " n't"
+# What a tokenizer that cleans up may take the space off when more has come: ".", "?", "!", ",", " ' ", "n't", "'ve" and
+# others. " n ' t" becomes "n't", one space after the other.
+CLEANED = re.compile(r" (n ?'?|'[vr]?)?\Z")
 
 
 def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
@@ -26,6 +29,7 @@ def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
     ([[0, 5, 6], [0, 0, 7]], [[0, 1, 1], [0, 0, 1]])
     """
     _check_prompts(prompts)
+    asked.pad_of(pad_token)
     length = batches.bucket(max(map(len, prompts))) if length is None else length
     tokens = batches.pad([np.asarray(p, np.int32) for p in prompts], length, pad_token, left=True)
     return tokens, batches.pad([np.ones(len(p), bool) for p in prompts], length, False, left=True)
@@ -34,22 +38,28 @@ def pad_prompts(prompts, *, pad_token: int, length: int | None = None):
 def _check_prompts(prompts):
     if not len(prompts):
         raise ValueError("prompts is empty; give one at least")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) and not np.issubdtype(np.asarray(prompt).dtype, np.integer):
-            raise ValueError(f"prompt {i} is of type {np.asarray(prompt).dtype}; give an array of token ids")
+    for i, prompt in enumerate(map(np.asarray, prompts)):
+        if prompt.size and not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(f"prompt {i} is of type {prompt.dtype}; give an array of token ids")
+        if prompt.ndim != 1:
+            raise ValueError(f"prompt {i} has shape {prompt.shape}; give an array of token ids [T]")
+        if prompt.size and not 0 <= (last := prompt.max()) <= asked.MOST:
+            raise ValueError(f"prompt {i} has the id {last}, which is in no vocabulary")
 
 
 def to_texts(tokenizer, completions, stop=()) -> list[str]:
     """What was sampled in each row, up to its end, without special tokens; and what is before the first stop string."""
-    _check_stop(stop)
+    stop = _stops(stop)
     out = jax.device_get(completions)
     rows = [tokens[alive].tolist() for tokens, alive in zip(out.tokens, out.alive)]
     return [before(text, stop) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
-def _check_stop(stop):
-    if isinstance(stop, str) or not isinstance(stop, Iterable) or not all(isinstance(s, str) and s for s in stop):
+def _stops(stop) -> tuple[str, ...]:
+    given = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (None,)
+    if not all(isinstance(s, str) and s for s in given):
         raise ValueError(f"stop must be a tuple of strings that are not empty, got {stop!r}")
+    return given
 
 
 def before(text: str, stop) -> str:
@@ -78,7 +88,7 @@ def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
     Raises:
       ValueError: a stop string is empty, or it is one string instead of several.
     """
-    _check_stop(stop)
+    stop, cleans = _stops(stop), _cleans(tokenizer)
     longest = max(map(len, stop), default=0)
     decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
     has = lambda text: any(s in text for s in stop)
@@ -95,17 +105,27 @@ def stop_at(tokenizer, stop) -> Callable[[list[int], int], int | None]:
             back *= 2
         return decoded(tokens)
 
+    def first(tokens, start):
+        each = ((n, recent(tokens[:n], n - 1)) for n in range(start, len(tokens) + 1))
+        return next((n for n, text in each if has(text) and has(decoded(tokens[:n]))), None)
+
     def until(tokens, before=0):
+        if cleans:  # what has a stop string now may be without it when more has come
+            return first(tokens, before + 1)
         for n in range(len(tokens), max(before, len(tokens) - 4), -1):
             text = recent(tokens[:n], before)
             if has(text):
-                each = ((n, recent(tokens[:n], n - 1)) for n in range(1, len(tokens) + 1))
-                return next((n for n, text in each if has(text) and has(decoded(tokens[:n]))), None)
+                return first(tokens, 1)
             if not text.endswith("\ufffd"):  # else the last character is not there yet, and may hide the others
                 break
         return None
 
     return until
+
+
+def _cleans(tokenizer) -> bool:
+    """Whether it takes spaces out of a text, such as those before " n't"."""
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
 
 def stream_texts(
@@ -122,9 +142,12 @@ def stream_texts(
       stop: strings that end a completion.
 
     Yields:
-      A string a row, often empty. All of a row's, one after the other, are its text.
+      A string a row, often empty. All of a row's, one after the other, are its text. But by some tokenizers
+      (those with "byte fallback") a whole run of bytes decodes to \ufffd when some are no character, as where a limit
+      cuts one: then what was shown of the run before stands in the place of as many \ufffd.
     """
-    _check_stop(stop)
+    stop = _stops(stop)
+    asked.counts(group=group)
     tokens, seen = pad_prompts(prompts, pad_token=pad_token)
     until = stop_at(tokenizer, stop) if stop else None
     rows = [_Said(tokenizer, stop) for _ in range(len(prompts) * group)]
@@ -139,14 +162,14 @@ class _Said:
 
     def __init__(self, tokenizer, stop):
         self.decoded = lambda tokens: tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-        self.cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
-        self.stop, self.tokens, self.given, self.most = stop, [], 0, WINDOW
+        self.cleans = _cleans(tokenizer)
+        self.stop, self.tokens, self.given, self.most, self.over = stop, [], 0, WINDOW, False
 
     def new(self, tokens, over) -> str:
         """What there is to give after more tokens; all, when the row is over."""
-        if not tokens and not over:
+        if self.over or not (tokens or over):
             return ""
-        self.tokens += tokens
+        self.tokens, self.over = self.tokens + tokens, over
         count, text = (len(self.tokens), self.decoded(self.tokens)) if over else self._whole()
         certain = before(text, self.stop)
         certain = certain if over else certain[: len(certain) - self._uncertain(certain)]
@@ -179,9 +202,9 @@ class _Said:
     def _uncertain(self, text) -> int:
         """How many characters at the end may become others: bytes without their last, a stop string's beginning."""
         whole = text.rstrip("\ufffd")
-        begun = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if whole.endswith(s[:n]))
-        space = whole.rfind(" ", max(len(whole) - CLEANED, 0)) if self.cleans else -1
-        return len(text) - min(len(whole) - max(begun, default=0), len(whole) if space < 0 else space)
+        stays = CLEANED.sub("", whole) if self.cleans else whole
+        begun = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if stays.endswith(s[:n]))
+        return len(text) - len(stays) + max(begun, default=0)
 
 
 def complete(
@@ -204,7 +227,7 @@ def complete(
     Returns:
       Texts, those of one prompt after each other.
     """
-    _check_stop(stop)
+    stop = _stops(stop)
     _check_prompts(prompts)
     asked.counts(rows=rows, group=group)
     length = batches.bucket(max(map(len, prompts)))

@@ -68,16 +68,20 @@ def timed(sampler, *arguments, **settings):
     """The completions of a sampler and how long they took; it waits for them.
 
     Args:
-      sampler: ``sample``, ``sample_queue``, ``sample_until``, or any function that returns ``Completions``.
+      sampler: ``sample``, ``sample_queue``, ``sample_until``, or any function that returns ``Completions``, or a tuple
+        that begins with them, as ``speculate`` and ``beam_search``.
       *arguments, **settings: the sampler's.
 
     Returns:
-      ``Completions`` with ``timings``.
+      What the sampler does, ``Completions`` with ``timings``.
     """
     watch = Watch()
     try:
         out = jax.block_until_ready(sampler(*arguments, **settings))
-        timings = watch.read(int(np.sum(out.alive)))
+        completions, *others = out if isinstance(out, tuple) else (out,)
+        timings = watch.read(int(np.sum(completions.alive)))
     finally:
         watch.stop()
-    return out if out.timings is not None else out.replace(timings=timings)
+    if completions.timings is None:
+        completions = completions.replace(timings=timings)
+    return (completions, *others) if others else completions

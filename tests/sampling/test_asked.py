@@ -3,10 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models import Config, bind, init
+from pt_jax.models import Config, bind, init, init_cache
 from pt_jax.sampling import Draft, Sampling, beam_search, sample, sample_queue, sample_until, speculate, stream
 
 V, N, LONGEST = 11, 6, 12
@@ -23,6 +24,11 @@ def never(params, tokens, seen, cache):
     """The model, which may be traced for its shapes and not be run."""
     assert isinstance(tokens, jax.core.Tracer) and tokens.shape == (1, 1), "something is compiled before the check"
     return MODEL.apply(params, tokens, seen, cache)
+
+
+def without_rows(rows, length):
+    """A cache with an array of a slot a token that all rows share."""
+    return init_cache(CONFIG, rows, length) | {"at": jnp.zeros(length)}
 
 
 def ask(by, prompts=PROMPTS, seen=SEEN, params=PARAMS, **more):
@@ -83,6 +89,21 @@ OLD[0, :2] = 99  # padding is nothing that is read
         ({"how": Sampling(allowed=np.array([3, 4]))}, r"allowed must be \[V\] bool, True for the tokens that"),
         ({"how": 0.7}, "how must be a Sampling, such as Sampling\\(temperature=0.7\\), got 0.7"),
         ({"how": Sampling(min_length=2, end_tokens=4)}, "end token 3 may come before min_length=2 tokens, as Samp"),
+        ({"how": Sampling(min_length=2, end_tokens=(3.7,))}, r"Sampling's end_tokens must be ids .* got \(3.7,\)"),
+        ({"how": Sampling(min_length=2, end_tokens="a")}, "Sampling's end_tokens must be ids in a tuple, .* got 'a'"),
+        (
+            {"how": Sampling(min_length=np.array([1, 4]), end_tokens=(3,)), "limits": np.array([1, 3])},
+            "min_length=4 is more than the 3 tokens",
+        ),
+        ({"prompts": PROMPTS[:0], "seen": SEEN[:0]}, "prompts has no row; give one prompt at least"),
+        ({"pad_token": V}, "pad_token has the id 11, but the model knows 11 tokens"),
+        ({"pad_token": -1}, "pad_token has the id -1, but the model knows 11 tokens"),
+        ({"pad_token": 2**40}, "pad_token (must be an id, got|has the id) 1099511627776"),
+        ({"end_tokens": (2**40,)}, r"end_tokens must be ids in a tuple, .* got \(1099511627776,\)"),
+        ({"end_tokens": np.array([3, 2**40])}, "end_tokens must be ids in a tuple"),
+        ({"prompt_ids": np.array([1, 2**33 + 1])}, "prompt_ids has the number 8589934593, which is none of int32"),
+        ({"init_cache": functools.partial(init_cache, CONFIG), "length": LONGEST - 4}, "has positions for 12 together"),
+        ({"init_cache": lambda *size: init_cache(CONFIG, *size), "length": LONGEST - 4}, "has positions for 12"),
     ],
 )  # fmt: skip
 def test_a_sentence_says_what_is_wrong(by, more, message):
@@ -95,6 +116,16 @@ def test_a_sentence_says_what_is_wrong(by, more, message):
     [
         (sample, {"forced": np.full((2, N), V)}, "forced has the id 11, but the model knows 11"),
         (stream, {"forced": np.full((2, N), V)}, "forced has the id 11, but the model knows 11"),
+        (sample, {"forced": np.full((2, N), -5)}, "forced has the id -5; give -1 where a token is to be drawn"),
+        (sample, {"forced": np.full((2, N), 2**32)}, "forced has the number 4294967296, which is none of int32"),
+        (sample, {"keep": [["k"]]}, r"keep must be names in a tuple, .* got \(\['k'\],\)"),
+        (sample, {"keep": ("room",), "group": 2}, "keep names 'room', which is no array of the cache"),
+        (sample, {"init_cache": without_rows, "keep": ("at",), "group": 2}, "keep names 'at', which has no slot for"),
+        (stream, {"chunk": "8"}, "chunk must be a whole number above 0, got '8'"),
+        (speculate, {"init_cache": lambda *size: {}}, "ahead=4 for a cache that is none of models.init_cache: give"),
+        (beam_search, {"beams": 2, "how": Sampling(np.ones(4))}, r"temperature has shape \(4, 1\); beams have no row"),
+        (beam_search, {"beams": 2, "pad_token": V}, "pad_token has the id 11"),
+        (beam_search, {"beams": 2, "prompts": PROMPTS[:0], "seen": SEEN[:0]}, "prompts has no row"),
         (sample, {"alternatives": V + 1}, "alternatives=12 is more than the 11 tokens that the model knows"),
         (sample, {"alternatives": -1}, r"alternatives must be in \[0, inf\), got -1"),
         (ENGINES["queue"], {"alternatives": V + 1}, "alternatives=12 is more than the 11 tokens"),

@@ -251,12 +251,12 @@ def test_prompts_of_many_lengths_are_one_program():
         (
             "all windows",
             {"keep": ("near",)},
-            "'near', which is no array of the cache; those are count, end, position, room",
+            "'near', which is no array of the cache; those are count, end, position",
         ),
         (
             "no window",
             {"keep": ("routes",)},
-            "'routes', which is no array of the cache; those are count, end, k, position, room, v",
+            "'routes', which is no array of the cache; those are count, end, k, position, v",
         ),
         ("no window", {"keep": ("count",)}, "keep names 'count', which has no slot for each token; give shared_prefix"),
     ],

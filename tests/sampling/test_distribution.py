@@ -153,6 +153,10 @@ def test_numbers_may_be_arrays():
     np.testing.assert_allclose(probabilities(LOGITS, how), probabilities(LOGITS, plain), rtol=1e-6)
 
 
+def test_numbers_a_row_may_be_a_list():
+    np.testing.assert_array_equal(Sampling([0.5, 1.5]).check().of_rows(2).temperature, [[0.5], [1.5]])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

@@ -11,7 +11,7 @@ import pytest
 
 from pt_jax.models import Config, bind, init
 from pt_jax.models.config import RopeScaling
-from pt_jax.sampling import Sampling, decode, sample, sample_queue, sample_until, speculate, transform
+from pt_jax.sampling import Sampling, decode, sample, sample_queue, sample_until, score, speculate, transform
 
 CONFIG = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False)
 MODEL = bind(CONFIG)
@@ -165,6 +165,29 @@ def test_other_tokens_are_scored_as_the_teacher_scores_them():
     logits = transform(jax.jit(MODEL.apply)(PARAMS, tokens, seen)[0][:, PROMPTS.shape[1] - 1 : -1], how)
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), forced[..., None], 2)[..., 0]
     np.testing.assert_allclose(out.logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_score_has_the_bits_of_what_was_sampled(base, shared_prefix):
+    """Of rows that ended, were cut off or were stopped by a text, and of one that was stopped before its first token.
+    What stands behind an end is not read."""
+    how, ends = Sampling(0.7, top_p=0.9, repetition_penalty=1.3), (an_end(base),)
+    given = {
+        "apply": MODEL.apply, "init_cache": MODEL.init_cache, "end_tokens": ends, "pad_token": 0, "how": how,
+        "group": G, "shared_prefix": shared_prefix,
+    }  # fmt: skip
+    out = completions(how=how, end_tokens=ends, shared_prefix=shared_prefix, limits=np.array([N, 9, N, N, N, 1]))
+    assert out.ended.any() and not out.ended.all()
+    alive = out.alive & (np.arange(N) < np.array([N, N, 2, N, 0, N])[:, None])
+    logps = score(PARAMS, PROMPTS, SEEN, np.where(alive, out.tokens, 28), alive, **given)
+    np.testing.assert_array_equal(logps, np.where(alive, out.logps, 0))
+    assert (np.asarray(logps)[alive] < 0).all()
+    traced = jax.jit(lambda tokens, alive: score(PARAMS, PROMPTS, SEEN, tokens, alive, **given))
+    np.testing.assert_allclose(traced(out.tokens, alive), logps, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="row 2 of alive goes on behind its end"):
+        score(PARAMS, PROMPTS, SEEN, out.tokens, alive & (np.arange(6) != 2)[:, None] | (np.arange(N) == 3), **given)
+    with pytest.raises(ValueError, match=r"alive has shape \(6, 39\), expected \[B, N\] with N=40 \(from tokens\)"):
+        score(PARAMS, PROMPTS, SEEN, out.tokens, alive[:, 1:], **given)
 
 
 def test_a_beginning_that_is_given_is_gone_on_from(base):

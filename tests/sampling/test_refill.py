@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pt_jax.models import Config, bind, init
-from pt_jax.sampling import Sampling, decode, lanes, refill, sample, sample_queue
+from pt_jax.models import Config, bind, init, init_cache
+from pt_jax.sampling import Sampling, decode, lanes, refill, rings, sample, sample_queue
 
 CONFIG = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, eps=1e-3, tied=False)
 
@@ -69,6 +69,14 @@ def test_rings_are_read_by_positions(more):
     config = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, **more)
     model = {"params": weights(config), "apply": bind(config).apply, "init_cache": bind(config).init_cache}
     assert_same(ask(sample_queue, slots=3, **model), ask(sample, **model))
+
+
+def test_a_ring_of_one_column_is_a_ring():
+    """It has that column for one token and for two; it was taken for an array that is not moved."""
+    config = Config(vocab=29, layers=2, width=16, heads=4, kv_heads=2, head_width=4, hidden=32, windows=(0, 1))
+    rows, columns = rings.axes(functools.partial(init_cache, config, slack=0))
+    assert columns["near"] == {"k": 4, "v": 3, "position": 1, "slack": -1}
+    assert columns["position"] == 1 and columns["count"] == columns["room"] == -1 and rows["near"]["k"] == 1
 
 
 @pytest.mark.parametrize("more", [{}, {"windows": (0, 4)}], ids=["all", "windows"])
@@ -234,7 +242,7 @@ def test_other_numbers_are_not_another_program():
         ({"slots": 2, "forced": np.full((P, N), 29)}, "forced has the id 29, but the model knows 29 tokens"),
         ({"slots": 2, "keep": ("near",)}, "keep names 'near', which is no array of the cache; those are count, end"),
         ({"slots": 2, "keep": ("count",)}, "keep names 'count', which has no slot for each token of each row"),
-        ({"slots": 2, "keep": ("room",)}, "keep names 'room', which has no slot for each token of each row"),
+        ({"slots": 2, "keep": ("room",)}, "keep names 'room', which is no array of the cache"),
     ],
 )
 def test_bad_input_is_a_sentence(more, message):

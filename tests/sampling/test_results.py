@@ -149,6 +149,13 @@ def test_timings_tell_compiling_from_sampling(monkeypatch):
     assert timed(sampler, np.array([[1]])).timings.compiled == 0.5  # what others compile is not this call's
 
 
+def test_what_comes_beside_completions_still_comes_when_it_is_timed(monkeypatch):
+    """As the readings of ``speculate`` and the scores of ``beam_search``."""
+    monkeypatch.setattr(timings, "time", Clock())
+    out, reads = timed(lambda tokens: (Completions(tokens, tokens * 0.0, tokens > 0), "reads"), np.array([[1, 2, 0]]))
+    assert reads == "reads" and out.timings == timings.Timings(compiled=0.0, first=1.0, whole=1.0, tokens=2)
+
+
 def test_a_program_that_is_there_compiles_nothing():
     length = 7  # that no other test asks for
     first, second = (timed(sample, PARAMS, PROMPTS, SEEN, jax.random.key(i), **SETTINGS | {"length": length}).timings

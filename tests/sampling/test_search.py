@@ -85,13 +85,29 @@ def test_the_best_sample_has_all_that_belongs_to_it():
             np.testing.assert_array_equal(getattr(best, name)[p], getattr(out, name)[row], err_msg=name)
 
 
+def test_an_impossible_sample_is_better_than_one_without_a_score():
+    out = Completions(np.arange(4)[:, None], np.zeros((4, 1)), np.ones((4, 1), bool))
+    scores = np.array([[np.nan, -np.inf], [-np.inf, -np.inf]])
+    assert best_of(out, scores).tokens.tolist() == [[1], [2]]
+
+
+def test_where_fewer_are_possible_than_there_are_beams_the_last_have_no_token():
+    allowed = np.arange(V) % 2 == 1  # two tokens, and one of each may be a completion
+    out, scores = beam_search(
+        TABLE, np.array([[3]], np.int32), np.ones((1, 1), bool), length=1, beams=3, how=Sampling(allowed=allowed),
+        **TABLE_MODEL | {"end_tokens": ()},
+    )  # fmt: skip
+    assert out.alive.sum(1).tolist() == [1, 1, 0] and sorted(out.tokens[:2, 0].tolist()) == [1, 3]
+    assert scores[0, 1] > -50 and scores[0, 2] <= -1e9
+
+
 def test_mistakes_are_sentences():
     out = Completions(np.zeros((4, 1), int), np.zeros((4, 1)), np.ones((4, 1), bool))
     with pytest.raises(ValueError, match=r"scores has shape \(3, 2\), expected \[P, G\] with P \* G = 4 rows"):
         best_of(out, np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"scores has shape \(4,\), expected \[P, G\]"):
         best_of(out, np.zeros(4))
-    with pytest.raises(ValueError, match="prompt 1 has no score"):
+    with pytest.raises(ValueError, match="prompt 1 has no score: those of all its samples are NaN"):
         best_of(out, np.array([[1, 2], [np.nan, np.nan]]))
     ask = lambda **more: beam_search(PARAMS, PROMPTS, SEEN, **SETTINGS | more)
     with pytest.raises(ValueError, match="beams must be above 0"):

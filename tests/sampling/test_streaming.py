@@ -115,10 +115,19 @@ def test_when_all_rows_are_stopped_no_more_steps_are_taken():
     assert len(parts) == 1 and parts[0].alive.sum() == 6
 
 
+@pytest.mark.parametrize("count", ["x", True, 1.0])
+def test_a_stop_that_is_no_number_of_tokens_is_a_sentence(count):
+    parts = ask(stream, chunk=8, end_tokens=(-1, -2), until=lambda tokens, before: count)
+    with pytest.raises(
+        ValueError, match=f"until must return how many tokens are the completion, or None, got {count!r}"
+    ):
+        list(parts)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"chunk": 0}, r"chunk must be in \[1, 17\), got 0"),
+        ({"chunk": 0}, r"chunk must be above 0, got 0"),
         ({"chunk": 17}, r"chunk must be in \[1, 17\), got 17"),
         ({"length": 0}, "length must be above 0"),
         ({"limits": np.ones(5, int)}, r"limits has shape \(5,\)"),

@@ -57,6 +57,31 @@ def test_a_prompt_that_is_too_long_is_refused():
         text.pad_prompts([[1], [1, 2, 3, 4]], pad_token=0, length=3)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (np.array([2**32 + 5]), "prompt 1 has the id 4294967301, which is in no vocabulary"),
+        (np.array([[1, 2]]), r"prompt 1 has shape \(1, 2\); give an array of token ids \[T\]"),
+        ("abc", "prompt 1 is of type <U3; give an array of token ids"),
+    ],
+)
+def test_what_is_no_row_of_ids_is_refused(prompt, message):
+    """And not cut to int32, which makes another token of it."""
+    with pytest.raises(ValueError, match=message):
+        text.pad_prompts([np.array([1]), prompt], pad_token=0)
+    with pytest.raises(ValueError, match=message):
+        text.complete(Echo(), None, Letters(), [np.array([1]), prompt], None, pad_token=0)
+
+
+def test_stop_strings_may_come_one_after_the_other():
+    """They are gone through more than once; what is left of them after the check was none."""
+    out = completions([[8, 5, 12]], [[1, 1, 1]])
+    assert text.to_texts(Letters(), out, iter(("l", "e"))) == ["h"]
+    assert text.stop_at(Letters(), iter(("e",)))([8, 5, 12]) == 2
+    prompts = [np.array([5]), np.array([4])]
+    assert text.complete(Echo(), None, Letters(), prompts, None, pad_token=0, rows=1, stop=iter("b")) == ["eaa", "d"]
+
+
 def test_a_text_is_what_is_alive():
     """The pad token inside of a completion is text, and after its end it is not."""
     out = completions([[3, 1, 3, 3], [1, 0, 2, 26], [26, 26, 26, 26]], [[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]])

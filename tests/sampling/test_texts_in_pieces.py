@@ -206,6 +206,44 @@ def test_a_long_run_of_bytes_is_shown_while_it_comes(letters):
     assert "".join(row) == decoded(tokenizer, rows)[0] and sum(map(bool, row)) > 80
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_where_spaces_are_taken_out_a_stop_is_found_where_it_is_there_first(chunk):
+    """And is not shown, though it may be there only until more has come: "don '" becomes "don't", "do n ' t" too."""
+    tokenizer, rng = made("words, cleaned"), np.random.default_rng(5)
+    ids = tokenizer("do n ' t . two cat n", add_special_tokens=False)["input_ids"]
+    found = 0
+    for stop in (" '", " don't", "n '", "o n", "'t", " .", "two t.", "cat n't"):
+        for row in rng.choice(ids, (12, 24)).tolist():
+            texts = [decoded(tokenizer, [row[:n]])[0] for n in range(len(row) + 1)]
+            expected = next((n for n, said in enumerate(texts) if stop in said), None)
+            until = text.stop_at(tokenizer, (stop,))
+            got = next((n for b in range(0, len(row), chunk) if (n := until(row[: b + chunk], b)) is not None), None)
+            assert got == expected, (stop, texts[-1])
+            said = row[:expected]
+            [shown] = pieces_of(tokenizer, [said], (chunk,), (stop,))
+            assert "".join(shown) == text.before(decoded(tokenizer, [said])[0], (stop,)), (stop, texts[-1])
+            found += expected is not None
+    assert 10 < found < 90
+
+
+def test_characters_of_a_run_that_is_cut_stay_as_they_were_shown():
+    tokenizer = made("pieces")
+    row = tokenizer("the cat 日本語", add_special_tokens=False)["input_ids"][:-1]
+    assert decoded(tokenizer, [row]) == ["the cat " + 8 * "\ufffd"]
+    assert "".join(pieces_of(tokenizer, [row], (1,))[0]) == "the cat 日本" + 6 * "\ufffd"
+
+
+def test_a_row_that_is_over_is_not_decoded_again():
+    tokenizer = made("bytes")
+    short, long = tokenizer(["the cat", sentences(7, 1)[0]], add_special_tokens=False)["input_ids"]
+    counts = []
+    for first in ([], short):  # it is over when it is whole, before the other
+        counting = Counting(tokenizer)
+        pieces_of(counting, [first, long], (1,))
+        counts.append(counting.count)
+    assert counts[1] - counts[0] < 2 * len(short) ** 2 < len(long)
+
+
 def test_behind_many_tokens_without_a_text_a_word_has_its_space():
     tokenizer = made("pieces")
     words = tokenizer("the cat", add_special_tokens=False)["input_ids"]
@@ -226,6 +264,9 @@ def test_mistakes_are_sentences():
     ]:
         with pytest.raises(ValueError, match=message):
             ask(prompts, **more)
+    for group in (1.5, "2"):
+        with pytest.raises(ValueError, match=f"group must be a whole number above 0, got {group!r}"):
+            ask([np.array([1])], group=group)
     for more, message in [
         ({"rows": 0}, "rows must be above 0"),
         ({"group": 1.5}, "group must be a whole number above 0"),
