@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 
 what, port, count, me = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 folder = pathlib.Path(sys.argv[5]) if len(sys.argv) > 5 else None
@@ -180,10 +181,25 @@ def diverge():
         raise
 
 
+def write():
+    """A model of which no device and no host is to have more than a layer of a weight, or so many bytes, at a time."""
+    config = dataclasses.replace(CONFIG, family="", experts=8, experts_per_token=2, expert_hidden=24)
+    whole = models.init(config, jax.random.key(0))
+    if me == 0:
+        models.save(folder / "expected", whole, config)
+    distributed.PIECE = 512
+    sizes, brought = [], distributed._brought
+    distributed._brought = lambda *a: [y := brought(*a), sizes.append(y.nbytes)][0]
+    layer = max(x[0].nbytes for x in jax.tree.leaves(whole["layers"]))
+    for name, axes in {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 2, "data": 4}, "expert": {"expert": 8}}.items():
+        params = sharding.place(whole, sharding.by_name(whole, sharding.make_mesh(**axes)))
+        sizes.clear()
+        distributed.written(partial(models.save, folder / name, config=config), params)
+        said(mesh=name, pieces=len(sizes), least=max(sizes) <= layer)
+
+
 def read():
     """A model folder, each weight to the devices that will hold it."""
-    from functools import partial
-
     from pt_jax.models import tensors
 
     counts, one = [], tensors._read
@@ -220,7 +236,7 @@ def same():
 
 
 if __name__ == "__main__":
-    every = (train, fault, same, begin, go_on, read, unwritten, midway, diverge)
+    every = (train, fault, same, begin, go_on, read, unwritten, midway, diverge, write)
     do = next(do for do in every if do.__name__ == what)
     if count == 1:
         do()

@@ -84,22 +84,23 @@ def base_name(path) -> str:
     return str(folder.resolve()) if folder.is_dir() else str(path)
 
 
-def write(folder, options, model, trained, base) -> None:
+def folded(options, trained, base):
+    """What was trained, as it is written: with --fold, all weights; else nothing looks at ``base``, the model's own."""
+    return models.quantize.dequantize(lora.fold(base, trained, of(options))) if options.fold else trained
+
+
+def write(folder, options, model, trained) -> None:
     """What was trained as a folder that others read.
 
     Args:
       folder: to write into.
       options: of the run.
       model: that it started from, with its config and tokenizer.
-      trained: all weights, or
-      base: the weights that adapters are beside; None without them.
+      trained: of ``folded``: all weights, or adapters.
     """
     how = of(options)
-    if how is None:
+    if how is None or options.fold:
         models.save(folder, trained, model.config, model.tokenizer)
-    elif options.fold:
-        full = models.quantize.dequantize(lora.fold(base, trained, how))
-        models.save(folder, full, model.config, model.tokenizer)
     else:
         name = base_name(options.model)
         peft.save(folder, trained, model.config, how, base=name, tokenizer=model.tokenizer)

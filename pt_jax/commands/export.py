@@ -62,7 +62,7 @@ def run(options: Export) -> None:
     part = "params" if of_run.average is None else "averages"  # as ``fitting.Fit.save``
     trained = checkpoints.restore_part(path, {part: jax.tree.map(master, shapes)})[part]
     with folders.appear_whole(options.out, overwrite=options.overwrite) as folder:
-        adapters.write(folder, of_run, model, jax.device_get(trained), model.params)
+        adapters.write(folder, of_run, model, adapters.folded(of_run, trained, model.params))
 
 
 def find(name: str, best: str | None = None) -> pathlib.Path:

@@ -13,6 +13,7 @@ still there: a process that fails ends all, with a sentence that says which it w
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -321,3 +322,75 @@ def fetched(tree):
     whole = lambda x: x.is_fully_addressable or x.is_fully_replicated
     of = lambda x: np.asarray(x) if whole(x) else multihost_utils.process_allgather(x, tiled=True)
     return jax.tree.map(lambda x: of(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def written(write, tree) -> None:
+    """``write(tree)`` on process 0, which gets what it asks for when it asks for it; the others send it their part.
+
+    So no host has all of a tree in numpy because of this, and a device has, beside its own part, a layer of an array,
+    or ``PIECE`` bytes, at a time.
+
+    Args:
+      write: asks for the numbers of a leaf by ``np.asarray``, or by ``leaf[i]`` and ``leaf[i, j]`` of a stack.
+      tree: of arrays, on all processes.
+    """
+    if jax.process_count() == 1:
+        write(tree)
+        return
+    leaves, structure = jax.tree.flatten(tree)
+    if jax.process_index() == 0:
+        leaves = [x.addressable_data(0) if x.is_fully_replicated else _Afar(i, x) for i, x in enumerate(leaves)]
+        write(jax.tree.unflatten(structure, leaves))
+        everybodys("written")
+        return
+    while (asked := everybodys("")[0]) != "written":
+        number, *where = json.loads(asked)
+        _brought(leaves[number], *where)
+
+
+PIECE = 1 << 26  # bytes of a leaf that every device gets at once
+
+
+class _Afar:
+    """An array of several processes in the hands of number 0; each look at it takes a message to the others."""
+
+    def __init__(self, number, x):
+        self.number, self.x, self.shape, self.dtype, self.ndim, self.size = number, x, x.shape, x.dtype, x.ndim, x.size
+        self.layer, self.numbers = None, None  # the last, of which a mixture's experts are asked for one by one
+
+    def __getitem__(self, at):
+        layer, *rest = at if isinstance(at, tuple) else (at,)
+        if layer != self.layer:
+            self.numbers = None  # there need not be room for two
+            self.layer, self.numbers = layer, self._bring(0, layer, 1)[0]
+        return self.numbers[tuple(rest)]
+
+    def __array__(self, dtype=None, copy=None):
+        if self.ndim == 0:
+            return self._bring().astype(dtype or self.dtype)
+        local = self.x.sharding.shard_shape(self.shape)
+        axis = next((i for i in range(self.ndim) if local[i] == self.shape[i]), 0)  # so that cutting moves nothing
+        out = np.empty(self.shape, dtype or self.dtype)
+        length = self.shape[axis]
+        step = max(1, PIECE * length // max(1, self.size * self.dtype.itemsize))
+        for begin in range(0, length, step):
+            count = min(step, length - begin)
+            out[(slice(None),) * axis + (slice(begin, begin + count),)] = self._bring(axis, begin, count)
+        return out
+
+    def _bring(self, *where):
+        everybodys(json.dumps([self.number, *where]))
+        return np.asarray(_brought(self.x, *where).addressable_data(0))
+
+
+def _brought(x, axis=None, begin=0, count=0):
+    """An array, or its part along an axis, whole on every device."""
+    return _cut(x.sharding.mesh, axis, count)(x, begin)
+
+
+@functools.cache
+def _cut(mesh, axis, count):
+    def cut(x, begin):
+        return x if axis is None else jax.lax.dynamic_slice_in_dim(x, begin, count, axis)
+
+    return jax.jit(cut, out_shardings=NamedSharding(mesh, PartitionSpec()))

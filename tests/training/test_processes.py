@@ -120,6 +120,20 @@ def test_each_process_reads_the_weights_that_its_devices_will_hold(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_is_written_by_one_process_which_has_a_layer_of_the_others_at_a_time(tmp_path):
+    """Each layer of each weight comes once, though the tensors of experts are written one by one."""
+    first, second = run("write", 2, tmp_path)
+    assert first == second and [line["mesh"] for line in first] == ["fsdp", "tensor", "expert"]
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    for said in first:
+        assert said["least"] and 6 <= said["pieces"] <= 40
+        got = load_file(tmp_path / said["mesh"] / "model.safetensors")
+        assert got.keys() == expected.keys()
+        for tensor, x in expected.items():
+            np.testing.assert_array_equal(got[tensor], x, err_msg=tensor)
+
+
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     first, second = run("train", 2, tmp_path)
     (alone,) = run("train", 1, tmp_path)
