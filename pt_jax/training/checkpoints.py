@@ -6,6 +6,7 @@ checkpoint is complete when that is there; anything else is what a killed run or
 """
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -53,6 +54,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).resolve()
         self.keep, self.every, self.best, self.failed, self.warn = keep, every, best, failed, warn
         self._manager, self._together, self._thread, self._trouble, self._damaged = None, None, None, None, set()
+        self._notes, self._stuck = [], set()  # of what could not be removed
 
     def __enter__(self):
         folders.check_writable(self.folder / "probe")
@@ -114,7 +116,7 @@ class Checkpoints:
             if int(path.name) in self._damaged:
                 aside = path.with_name(path.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                path.rename(_free(path, _DAMAGED))
             elif int(path.name) > step if _is_complete(path) else (path / _BEGUN).exists() or not any(path.iterdir()):
                 _remove(path)
 
@@ -161,6 +163,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        while self._notes:
+            self.warn(self._notes.pop(0))
         if self._trouble is not None:
             trouble, self._trouble = self._trouble, None
             self._tell(*trouble)
@@ -206,9 +210,21 @@ class Checkpoints:
         kept = {*steps[-self.keep :]} | {s for s in steps if self.every is not None and s % self.every == 0}
         if self.best is not None:
             kept.add(max(steps, key=self._worth))
-        for step in steps:
-            if step not in kept:
-                _remove(self.folder / str(step))
+        for path in self.folder.glob(f"*{_REMOVED}"):
+            shutil.rmtree(path, ignore_errors=True)  # what could not be removed before
+            if path.exists():
+                self._note(path, "")
+        for path in (self.folder / str(step) for step in steps if step not in kept):
+            try:
+                _remove(path)
+            except OSError as e:  # the one that was saved is whole for all that
+                self._note(path, f" ({_reason(e)})")
+
+    def _note(self, path, why):
+        """Tells once, with the next word from the thread of the run, that something stays and takes room."""
+        if path not in self._stuck:
+            self._notes.append(f"{path} is not needed any more and could not be removed{why}; it takes room")
+        self._stuck.add(path)
 
     def _worth(self, step):
         """What ``best`` says of a checkpoint; the least, where its notes are damaged."""
@@ -378,10 +394,15 @@ def _is_complete(path) -> bool:
 
 def _remove(path) -> None:
     """A checkpoint, in one move: what a run that is killed meanwhile leaves is nobody's checkpoint, and goes later."""
-    removed = path.with_name(path.name + _REMOVED)
-    shutil.rmtree(removed, ignore_errors=True)
+    removed = _free(path, _REMOVED)
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+def _free(path, suffix) -> pathlib.Path:
+    """A name beside a checkpoint's that nothing has; on NFS one that was removed stays while a file of it is open."""
+    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}{suffix}") for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _several(faults) -> str:

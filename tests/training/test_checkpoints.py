@@ -1,6 +1,7 @@
 """Checkpoints give back what was saved, to the last bit, or say what is wrong with them."""
 
 import os
+import pathlib
 import shutil
 import subprocess
 import time
@@ -162,6 +163,41 @@ def test_a_kill_while_an_old_one_is_removed_leaves_nothing_for_good(copy, monkey
         saved.go_on_from(2)
         saved.save(3, tree(3), wait=True)
     assert [x.name for x in copy.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_an_old_one_that_cannot_go_fails_no_save_and_is_told_once(tmp_path, monkeypatch, how):
+    """As on NFS, where a file that somebody has open stays in its folder under another name."""
+    told, remove, rename = [], shutil.rmtree, pathlib.Path.rename
+
+    def held(path, *given, **more):
+        return None if str(path).endswith(".removed") else remove(path, *given, **more)
+
+    def refused(path, to):
+        if str(to).endswith(".removed"):
+            raise PermissionError(13, "Permission denied")
+        return rename(path, to)
+
+    folder = tmp_path / "run"
+    with Checkpoints(folder, keep=1, failed=lambda said: pytest.fail(said), warn=told.append) as saved:
+        with monkeypatch.context() as patched:
+            if how == "removed":
+                patched.setattr(shutil, "rmtree", held)
+            else:
+                patched.setattr(pathlib.Path, "rename", refused)
+            for step in (1, 2, 3, 4):
+                saved.save(step, {"x": jnp.ones(3)}, wait=True)
+            if how == "removed":  # whose names are taken when they come again
+                (folder / "2.removed").rename(folder / "4.removed")
+                saved.save(5, {"x": jnp.ones(3)}, wait=True)
+                assert (folder / "4.1.removed").is_dir()
+        saved.save(6, {"x": jnp.ones(3)}, wait=True)
+        assert saved.steps() == [6]
+    assert sorted(p.name for p in folder.iterdir()) == ["6"]
+    names = [said.partition(" is not needed any more and could not be removed")[0] for said in told]
+    stuck = {"removed": ("1.removed", "2.removed", "3.removed", "4.removed"), "renamed": ("1", "2", "3")}[how]
+    assert sorted(names) == [str(folder / name) for name in stuck]
+    assert how == "removed" or all("(Permission denied); it takes room" in said for said in told)
 
 
 def test_a_damaged_note_of_an_old_one_does_not_fail_the_save_of_a_new_one(copy):
