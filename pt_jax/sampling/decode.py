@@ -364,10 +364,12 @@ def check_keep(program, columns):
     length, shared = columns + program.length, shares(program, columns - 1)
     sizes = (1, length), (1, length + 1), (2, length)
     one, *larger = (jax.eval_shape(partial(program.init_cache, *size)) for size in sizes)
-    arrays = [name for name in one if 0 not in getattr(one[name], "shape", (0,))]
+    arrays = [name for name in one if 0 not in getattr(one[name], "shape", (0,))] if isinstance(one, dict) else []
     for name in program.keep:
         if name not in arrays:
-            raise ValueError(f"keep names {name!r}, which is no array of the cache; those are {', '.join(arrays)}")
+            raise ValueError(
+                f"keep names {name!r}, which is no array of the cache; those are {', '.join(arrays) or 'none'}"
+            )
         if shared and [sum(x[name].shape) - sum(one[name].shape) for x in larger] != [1, 1]:
             raise ValueError(f"keep names {name!r}, which has no slot for each token; give shared_prefix=False")
 

@@ -88,13 +88,13 @@ class Sampling:
         """
         numbers = {name: getattr(self, name) for name in NUMBERS}
         for name, x in numbers.items():
-            if x is not None and jnp.shape(x) not in ((), (rows,)):
-                raise ValueError(f"{name} has shape {jnp.shape(x)}; give one number, or one for each of {rows} rows")
+            if x is not None and np.shape(x) not in ((), (rows,)):
+                raise ValueError(f"{name} has shape {np.shape(x)}; give one number, or one for each of {rows} rows")
         return self.replace(
             **{
                 name: jnp.reshape(jnp.asarray(x), (rows, *(1,) * axes))
                 for name, x in numbers.items()
-                if x is not None and jnp.ndim(x)
+                if x is not None and np.ndim(x)
             }
         )
 

@@ -26,6 +26,9 @@ def never(params, tokens, seen, cache):
     return MODEL.apply(params, tokens, seen, cache)
 
 
+ONE = jnp.zeros((1, 1, V))
+
+
 def without_rows(rows, length):
     """A cache with an array of a slot a token that all rows share."""
     return init_cache(CONFIG, rows, length) | {"at": jnp.zeros(length)}
@@ -121,6 +124,12 @@ def test_a_sentence_says_what_is_wrong(by, more, message):
         (sample, {"keep": [["k"]]}, r"keep must be names in a tuple, .* got \(\['k'\],\)"),
         (sample, {"keep": ("room",), "group": 2}, "keep names 'room', which is no array of the cache"),
         (sample, {"init_cache": without_rows, "keep": ("at",), "group": 2}, "keep names 'at', which has no slot for"),
+        (
+            sample,
+            {"init_cache": lambda *size: jnp.zeros(size), "apply": lambda params, tokens, seen, cache: (ONE, cache),
+             "keep": ("k",)},
+            "keep names 'k', which is no array of the cache; those are none",
+        ),
         (stream, {"chunk": "8"}, "chunk must be a whole number above 0, got '8'"),
         (speculate, {"init_cache": lambda *size: {}}, "ahead=4 for a cache that is none of models.init_cache: give"),
         (beam_search, {"beams": 2, "how": Sampling(np.ones(4))}, r"temperature has shape \(4, 1\); beams have no row"),
