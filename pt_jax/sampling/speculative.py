@@ -78,13 +78,15 @@ def speculate(
       ahead: K, how many tokens are guessed at a time.
       match: of prompt look-up, how many of the last tokens are compared at most; the longest match is taken, and of
         equals the latest.
-      forget: ``(cache, columns) -> cache`` without the last columns, for model and draft; never of a prompt's.
+      forget: ``(cache, columns) -> cache`` without the last columns, for model and draft; never of a prompt's. Unless
+        it is given, the caches are those of ``models.init_cache``.
 
     Returns:
       ``Completions`` of P * G rows, those of ``sample``; and how often each row was read after its prompt, [P * G].
 
     Raises:
-      ValueError: as ``sample``; ahead or match is below 1; or the draft is none, or has another vocabulary.
+      ValueError: as ``sample``; ahead or match is below 1; or the draft is none, or has another vocabulary; or a cache
+        is not known to ``forget``.
     """
     asked.counts(ahead=ahead, match=match)
     asked.functions(apply=apply, init_cache=init_cache, forget=forget)

@@ -43,8 +43,8 @@ def _check_prompts(prompts):
             raise ValueError(f"prompt {i} is of type {prompt.dtype}; give an array of token ids")
         if prompt.ndim != 1:
             raise ValueError(f"prompt {i} has shape {prompt.shape}; give an array of token ids [T]")
-        if prompt.size and not 0 <= (last := prompt.max()) <= asked.MOST:
-            raise ValueError(f"prompt {i} has the id {last}, which is in no vocabulary")
+        if (bad := prompt[(prompt < 0) | (prompt > asked.MOST)]).size:
+            raise ValueError(f"prompt {i} has the id {bad[0]}, which is in no vocabulary")
 
 
 def to_texts(tokenizer, completions, stop=()) -> list[str]:

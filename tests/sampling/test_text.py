@@ -61,6 +61,7 @@ def test_a_prompt_that_is_too_long_is_refused():
     ("prompt", "message"),
     [
         (np.array([2**32 + 5]), "prompt 1 has the id 4294967301, which is in no vocabulary"),
+        ([5, 5 - 2**32], "prompt 1 has the id -4294967291, which is in no vocabulary"),
         (np.array([[1, 2]]), r"prompt 1 has shape \(1, 2\); give an array of token ids \[T\]"),
         ("abc", "prompt 1 is of type <U3; give an array of token ids"),
     ],
