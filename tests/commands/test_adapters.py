@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pt_jax import cli, models
-from pt_jax.commands import adapters, common, dpo, grpo, sft, talk
+from pt_jax.commands import adapters, common, dpo, fitting, grpo, sft, talk
 from pt_jax.models import lora, peft
 from pt_jax.tracking import metrics
 
@@ -81,6 +81,19 @@ def test_a_run_leaves_an_adapter_and_leaves_its_base_alone(train, folder, comman
     assert all(np.asarray(x).any() for x in jax.tree.leaves(trained))
     assert peft.base(out) == str(folder.resolve())
     assert not same(full(out), models.load(folder)[0])
+
+
+def test_an_adapter_is_written_without_its_base(options, tmp_path, monkeypatch):
+    """Which need not find room on the host; of several processes, on each."""
+    save = fitting.Fit.save
+
+    def without(fit, logs=()):
+        fit.frozen = None
+        save(fit, logs)
+
+    monkeypatch.setattr(fitting.Fit, "save", without)
+    sft.run(options("sft", tmp_path / "out"))
+    assert peft.is_adapter(tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

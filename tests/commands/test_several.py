@@ -218,6 +218,28 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(
     same(out, straight(command)[0])
 
 
+def test_a_run_that_diverges_ends_both_once_its_batch_and_its_checkpoint_are_written(start, tmp_path):
+    """Though process 1 has nothing to write, and is long at its end."""
+    words = ["--learning-rate", "1e30", "--bad-steps", "1", "--checkpoint-every", "1"]
+    codes, texts = ended(start(tmp_path / "out", words, words, fault="slowly@0"))
+    assert codes == [2, 2], texts
+    for text in texts:
+        assert "pt-jax: the " in text and "failed first" not in text and "Traceback" not in text
+    left = tmp_path / "out.unfinished"
+    (batch,) = left.glob("bad_step_*.npz")
+    assert "tokens" in " ".join(np.load(batch).files)
+    assert checkpoints.complete(left / "checkpoints")
+
+
+def test_a_disk_that_is_full_stops_both_where_it_is_to(start, tmp_path):
+    words = ["--on-save-error", "stop"]
+    codes, texts = ended(start(tmp_path / "out", words, words, fault="for a full disk@0"))
+    assert codes == [2, 2], texts
+    for text in texts:
+        assert "2 was not written: process 0 of 2: No space left on device" in " ".join(text.split())
+        assert "failed first" not in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize("what", ["options", "inputs"])
 def test_what_is_not_the_same_everywhere_is_named(start, data, tmp_path, what):
     """Files may lie elsewhere; what is in them is compared."""
