@@ -303,7 +303,6 @@ def test_metrics_that_are_not_there_yet_are_fetched_once_the_next_step_runs(monk
     assert reported == [(1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6), (7, 7)]
 
 
-@pytest.mark.slow
 def test_a_profile_can_be_opened(tmp_path):
     profile = loop.Profile(tmp_path, 2, 3)
     fit(new_state(), 4, callbacks=(profile,))
