@@ -17,6 +17,8 @@ import pytest
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):  # later ones end on this flag: they have no other way to write a fusion
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
+# eight devices that share two busy cores may keep each other waiting for longer than XLA's 40 seconds
+QUICK.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
