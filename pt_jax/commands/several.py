@@ -111,9 +111,8 @@ def check_shared(out) -> None:
             file.parent.rmdir()
     for i, theirs in enumerate(sees):
         if theirs:
-            raise ValueError(
-                f"--out {theirs} of process {i} is not the folder that process 0 writes to; give one that all share"
-            )
+            said = f"--out {theirs} of process {i} is not the folder that process 0 writes to; give one that all share"
+            raise distributed.shared(ValueError(said))
 
 
 def _comes(file, token) -> bool:
