@@ -114,8 +114,6 @@ class Checkpoints:
             if not _is_step(path):
                 continue
             if int(path.name) in self._damaged:
-                aside = path.with_name(path.name + _DAMAGED)
-                shutil.rmtree(aside, ignore_errors=True)
                 path.rename(_free(path, _DAMAGED))
             elif int(path.name) > step if _is_complete(path) else (path / _BEGUN).exists() or not any(path.iterdir()):
                 _remove(path)
