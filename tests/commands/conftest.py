@@ -1,5 +1,7 @@
 """A model folder and data files such as a user has, made small."""
 
+import json
+
 import jax
 import pytest
 
@@ -37,6 +39,21 @@ def data(tmp_path_factory):
     for kind, content in kinds.items():
         rows.write_jsonl(path / f"{kind}.jsonl", content)
     return {kind: str(path / f"{kind}.jsonl") for kind in kinds}
+
+
+@pytest.fixture(scope="module")
+def train(request, options, tmp_path_factory):
+    """(command, changes) -> the folder of a run, each run once; of a module with COMMANDS and a fixture ``options``."""
+    commands, done = request.module.COMMANDS, {}
+
+    def run(command, **changes):
+        name = json.dumps([command, changes], sort_keys=True)
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("runs") / "out"
+            commands[command][0].run(options(command, done[name], **changes))
+        return done[name]
+
+    return run
 
 
 @pytest.fixture(scope="module")

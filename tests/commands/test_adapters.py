@@ -39,21 +39,6 @@ def options(folder, data, reward_file):
     return make
 
 
-@pytest.fixture(scope="module")
-def train(options, tmp_path_factory):
-    """(command, changes) -> the folder of a run, each run once."""
-    done = {}
-
-    def run(command, **changes):
-        name = json.dumps([command, changes], sort_keys=True)
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("runs") / "out"
-            COMMANDS[command][0].run(options(command, done[name], **changes))
-        return done[name]
-
-    return run
-
-
 def adapters_of(out, folder):
     config = models.huggingface.read_config(folder)
     return peft.load(out, config)

@@ -1,7 +1,5 @@
 """Evaluation on the way: it is of all rows, leaves no trace in what is trained, and can end a run or choose of it."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -33,21 +31,6 @@ def options(folder, data, tmp_path_factory):
         return kind(**{"model": str(folder), "data": data[lines], "out": str(out)} | BASE | changes)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def train(options, tmp_path_factory):
-    """(command, changes) -> the folder of a run, each run once."""
-    done = {}
-
-    def run(command, **changes):
-        name = json.dumps([command, changes], sort_keys=True)
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("runs") / "out"
-            COMMANDS[command][0].run(options(command, done[name], **changes))
-        return done[name]
-
-    return run
 
 
 def evaluated(out):

@@ -1,7 +1,5 @@
 """What is done around a step, asked for on the command line: averages, LoRA+, spikes, a reference that moves."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,21 +31,6 @@ def options(folder, data):
         return kind(**{"model": str(folder), "data": data[lines], "out": str(out)} | BASE | more | changes)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def train(options, tmp_path_factory):
-    """(command, changes) -> the folder of a run, each run once."""
-    done = {}
-
-    def run(command, **changes):
-        name = json.dumps([command, changes], sort_keys=True)
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("runs") / "out"
-            COMMANDS[command][0].run(options(command, done[name], **changes))
-        return done[name]
-
-    return run
 
 
 def params_of(out, step):
