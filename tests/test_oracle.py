@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -20,8 +21,9 @@ def test_trl_gets_the_same(entry):
     for name, key in entry["outputs"].items():
         expected = ARRAYS[key]
         # Of advantages that are whitened to a mean of 0 the loss of a policy is a remainder: a rounding of a return of
-        # 4 is 5e-7 and moves it by as much, and which way it is rounded is the compiler's.
-        size = 0.1 if name == "pg_loss" else 1e-2
+        # 4 is 5e-7 and moves it by as much, and which way it is rounded is the compiler's:
+        # with all its optimisations (``conftest``) as TRL's.
+        size = 0.1 if name == "pg_loss" and os.environ["XLA_FLAGS"] else 1e-2
         np.testing.assert_allclose(
             got[name], expected, rtol=1e-5, atol=1e-5 * max(size, np.abs(expected).max()), err_msg=name
         )
